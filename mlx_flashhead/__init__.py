@@ -1,0 +1,1 @@
+"""FlashHead for MLX: a fast, accurate vocabulary head for small language models."""

@@ -1,0 +1,1 @@
+"""The three steps of FlashHead decoding, one file a step (paper, section 3)."""
