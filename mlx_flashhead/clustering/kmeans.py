@@ -123,12 +123,12 @@ def _fill_pinned(
 
 def _directions(rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Return the unit rows of ``tokens`` without their mean, a copy."""
-    directions = rows[tokens]
-    if len(directions):
-        directions -= directions.mean(axis=0, dtype=np.float64).astype(np.float32)
-    bad = np.count_nonzero(~np.isfinite(np.einsum("nd,nd->n", directions, directions)))
+    bad = np.count_nonzero(~np.isfinite(rows).all(axis=1))
     if bad:
-        raise ValueError(f"{bad} rows hold NaN or infinity.")
+        raise ValueError(f"{bad} of {len(rows)} rows hold NaN or infinity.")
+    directions = rows[tokens]
+    if len(tokens):
+        directions -= directions.mean(axis=0, dtype=np.float64).astype(np.float32)
     return _normalise(directions)
 
 

@@ -1,0 +1,91 @@
+"""The steps of the clustering: similarity, balance, prior."""
+
+import numpy as np
+import pytest
+
+from mlx_flashhead.clustering import similarity, token_prior
+from mlx_flashhead.clustering.balance import balance_clusters
+
+
+# 1, 13: fewer centroids than wanted or hardly more; 1000, 1031: strips with and
+# without columns left over.
+@pytest.mark.parametrize("num_clusters", [1, 13, 60, 1000, 1031])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_best_clusters_equals_brute_force(num_clusters, on_gpu, monkeypatch):
+    # The MLX branch runs on any device; only the choice is by GPU.
+    monkeypatch.setattr(similarity, "_gpu_ready", lambda: on_gpu)
+    monkeypatch.setattr(similarity, "_VALUES_PER_CHUNK", 40 * num_clusters)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((101, 7), dtype=np.float32)
+    centroids = rng.standard_normal((num_clusters, 7), dtype=np.float32)
+    reports = []
+
+    ids, values = similarity.best_clusters(rows, centroids, 12, reports.append)
+
+    products = rows.astype(np.float64) @ centroids.astype(np.float64).T
+    expected = np.argsort(-products, axis=1)[:, :12]
+    assert np.array_equal(ids, expected)
+    np.testing.assert_allclose(
+        values, np.take_along_axis(products, expected, axis=1), rtol=0, atol=1e-5
+    )
+    assert reports == [40, 40, 21]
+
+
+def test_best_clusters_copes_with_equal_centroids():
+    ids, values = similarity.best_clusters(
+        np.ones((3, 2), np.float32), np.ones((500, 2), np.float32), 9
+    )
+
+    assert [len(set(row)) for row in ids.tolist()] == [9, 9, 9]
+    assert (values == 2).all()
+
+
+def test_balance_clusters_equals_greedy_over_all_pairs():
+    # A stable matching by one similarity is what the greedy rule yields: take
+    # the most similar pair, as long as the cluster has room, and go on.
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((47, 5), dtype=np.float32)
+    centroids = rng.standard_normal((12, 5), dtype=np.float32)
+    room = np.array([4] * 11 + [3])
+
+    actual = balance_clusters(rows, centroids, room)
+
+    products = rows @ centroids.T
+    expected, left = np.full(47, -1), room.copy()
+    for pair in np.argsort(-products, axis=None):
+        row, cluster = divmod(int(pair), 12)
+        if expected[row] < 0 and left[cluster]:
+            expected[row] = cluster
+            left[cluster] -= 1
+    assert np.array_equal(actual, expected)
+
+
+def test_balance_clusters_fills_each_when_all_rows_want_the_same():
+    rows = np.ones((1000, 3), dtype=np.float32)
+    centroids = np.random.default_rng(0).standard_normal((100, 3), dtype=np.float32)
+
+    clusters = balance_clusters(rows, centroids, np.full(100, 10))
+
+    assert (np.bincount(clusters, minlength=100) == 10).all()
+
+
+def test_token_prior_counts_only_used_tokens():
+    prior = token_prior(8, skip=[0, 1, 4, 4])
+
+    ranks = np.array([5, 5, 0, 1, 5, 2, 3, 4])  # skipped ones come last
+    assert prior.dtype == np.float32
+    np.testing.assert_allclose(prior, 1 / (ranks + 200), rtol=1e-6)
+
+
+def test_token_prior_counts_from_zero_without_skipped_tokens():
+    np.testing.assert_allclose(token_prior(3), [1 / 200, 1 / 201, 1 / 202], rtol=1e-6)
+
+
+def test_token_prior_of_skipped_tokens_only_is_flat():
+    assert len(set(token_prior(4, skip=range(4)).tolist())) == 1
+
+
+@pytest.mark.parametrize("skip", [[5], [-1, 2]])
+def test_token_prior_refuses_ids_outside_the_vocabulary(skip):
+    with pytest.raises(ValueError, match=r"must be in \[0, 5\)"):
+        token_prior(5, skip=skip)
