@@ -257,7 +257,7 @@ def test_cluster_rows_counts_rows_that_are_not_finite(value):
     rows = gaussian_rows(30, 4)
     rows[[3, 7], 1] = value
 
-    with pytest.raises(ValueError, match="2 rows"):
+    with pytest.raises(ValueError, match="2 of 30 rows"):
         cluster_rows(rows, cluster_size=4)
 
 
