@@ -99,14 +99,14 @@ bool failed;
 #endif
 
 #if defined(__x86_64__)
-constexpr uint32_t kSavedWords = 6, kReturnWord = 6;
+constexpr uint32_t kFrameWords = 8, kReturnWord = 6;
 asm(".text\n.globl " SYMBOL("metal_on_cpu_switch") "\n" SYMBOL("metal_on_cpu_switch")
     ":\n"
     "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
     "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
     "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
 #elif defined(__aarch64__)
-constexpr uint32_t kSavedWords = 20, kReturnWord = 11;
+constexpr uint32_t kFrameWords = 20, kReturnWord = 11;
 asm(".text\n.balign 4\n.globl " SYMBOL("metal_on_cpu_switch") "\n" SYMBOL(
     "metal_on_cpu_switch") ":\n"
     "sub sp, sp, #160\n"
@@ -138,11 +138,11 @@ void fiber_main() {
 }
 
 void start_fiber(uint32_t index) {
-  auto top = reinterpret_cast<uint64_t*>(stacks + (index + 1) * 2 * kStackBytes);
-  // After the switch returns into fiber_main the stack must look as after a call.
-  uint64_t* frame = top - 2 - (kSavedWords > kReturnWord ? kSavedWords : kReturnWord);
-  frame -= (reinterpret_cast<uint64_t>(frame) / 8 + kSavedWords) % 2;
-  memset(frame, 0, (kSavedWords + 1) * 8);
+  // Stacks start at different places of a page: else they share few cache sets.
+  unsigned char* end = stacks + (index + 1) * 2 * kStackBytes - index % 64 * 256;
+  auto top = reinterpret_cast<uint64_t*>(end);
+  uint64_t* frame = top - kFrameWords - 2; // both ABIs want 16-byte alignment here
+  memset(frame, 0, kFrameWords * sizeof(uint64_t));
   frame[kReturnWord] = reinterpret_cast<uint64_t>(&fiber_main);
   fibers[index].stack_pointer = frame;
 }
@@ -221,6 +221,12 @@ void access_device(uint32_t slot, int64_t offset, uint64_t bytes, bool is_write,
         (long long)offset,
         slot,
         (unsigned long long)(known ? launch->buffers[slot].bytes : 0));
+    stop_fiber();
+  }
+  if (bytes <= 16 && offset % bytes != 0) {
+    launch->error_address = reinterpret_cast<uint64_t>(caller);
+    report("misaligned: %llu bytes at byte %lld of buffer %u ",
+        (unsigned long long)bytes, (long long)offset, slot);
     stop_fiber();
   }
   Buffer& buffer = launch->buffers[slot];

@@ -26,6 +26,19 @@ struct Lanes {
   uint32_t lane;
 };
 
+// A buffer's address, which becomes any pointer or reference a kernel declares.
+struct AnyReference {
+  void* address;
+  template <typename T>
+  operator const T&() const { return *static_cast<const T*>(address); }
+};
+struct AnyPointer {
+  void* address;
+  template <typename T>
+  operator T*() const { return static_cast<T*>(address); }
+  AnyReference operator*() const { return {address}; }
+};
+
 } // namespace metal_on_cpu
 
 extern "C" {

@@ -1,0 +1,13 @@
+"""Metal kernels on a CPU: test equipment, described in README.md beside this file."""
+
+from .kernels import CpuKernel, library_kernel, metal_kernel
+from .runner import BufferReport, KernelError, Report
+
+__all__ = [
+    "BufferReport",
+    "CpuKernel",
+    "KernelError",
+    "Report",
+    "library_kernel",
+    "metal_kernel",
+]
