@@ -2,9 +2,38 @@
 
 import mlx.core as mx
 
+from mlx_flashhead.kernels._launch import (
+    build_kernel,
+    has_kernel,
+    metal_ready,
+    row_inputs,
+    row_template,
+    scalars,
+    storage_bits,
+    tile_shape,
+)
 from mlx_flashhead.kernels._precision import exact_operands
 from mlx_flashhead.kernels.probe_threshold import cluster_keys
 from mlx_flashhead.packing import PackedRows
+
+# Clusters of one threadgroup. Of 16 about one is probed at the usual share of 1/16:
+# fewer would start threads for nothing, more would leave some threadgroups with
+# much more work than others.
+_CLUSTERS_PER_THREADGROUP = 16
+# Positions that share one reading of the rows; one bit each in the kernel.
+_POSITIONS_PER_THREADGROUP = 16
+
+_INPUTS = (
+    "hidden",
+    "weight",
+    "scales",
+    "biases",
+    "cluster_tokens",
+    "centroid_logits",
+    "bias",
+    "threshold",
+    "num_pinned",
+)
 
 
 def cluster_logits(
@@ -38,6 +67,17 @@ def cluster_logits(
     Returns:
         Logits, ``(N, V)``, in the dtype of ``hidden``.
     """
+    if metal_ready() and has_kernel(hidden, rows) and cluster_tokens.shape[1] % 8 == 0:
+        return _metal(
+            hidden,
+            rows,
+            cluster_tokens,
+            token_slots.size,
+            centroid_logits,
+            bias,
+            threshold,
+            num_pinned,
+        )
     return _ops(
         hidden,
         rows,
@@ -62,6 +102,51 @@ def _probed_clusters(
     # Exactly P pass, so they are the P smallest of "fails".
     order = mx.argpartition(fails.astype(mx.int32), num_probes - 1, axis=-1)
     return order[:, :num_probes]
+
+
+def _metal(
+    hidden: mx.array,
+    rows: PackedRows,
+    cluster_tokens: mx.array,
+    vocab_size: int,
+    centroid_logits: mx.array,
+    bias: mx.array,
+    threshold: mx.array,
+    num_pinned: int,
+) -> mx.array:
+    """Launch ``metal/cluster_logits.metal``: a threadgroup for 16 clusters."""
+    num_positions, depth = hidden.shape
+    num_clusters, cluster_size = cluster_tokens.shape
+    tile = tile_shape(storage_bits(rows), depth, cluster_size)
+    num_groups = -(-num_clusters // _CLUSTERS_PER_THREADGROUP)
+    kernel = build_kernel("cluster_logits", _INPUTS)
+    (logits,) = kernel(
+        inputs=[
+            hidden,
+            *row_inputs(rows),
+            cluster_tokens,
+            centroid_logits,
+            bias,
+            threshold,
+            scalars(num_pinned),
+        ],
+        template=[
+            *row_template(hidden, rows, tile),
+            ("VocabSize", vocab_size),
+            ("C", cluster_size),
+            ("Clusters", _CLUSTERS_PER_THREADGROUP),
+            ("Positions", _POSITIONS_PER_THREADGROUP),
+        ],
+        grid=(
+            tile.num_threads * num_groups,
+            -(-num_positions // _POSITIONS_PER_THREADGROUP),
+            1,
+        ),
+        threadgroup=(tile.num_threads, 1, 1),
+        output_shapes=[(num_positions, vocab_size)],
+        output_dtypes=[hidden.dtype],
+    )
+    return logits
 
 
 def _ops(
