@@ -22,12 +22,14 @@ class DenseHead:
         path: Dotted path in the model.
         module: The layer itself.
         tied: Whether it is the token embedding as well.
-        dtype: Float type of the hidden states it receives.
+        hidden_size: Length of the hidden states it receives, D.
+        dtype: Their float type.
     """
 
     path: str
     module: nn.Module
     tied: bool
+    hidden_size: int
     dtype: mx.Dtype
 
     @property
@@ -91,7 +93,7 @@ def find_head(model: nn.Module) -> DenseHead:
     if output.shape != logits.shape or len(module.weight) != logits.shape[-1]:
         raise ValueError(_not_found(model))
     tied = PROJECTIONS[type(module)] == "as_linear"
-    return DenseHead(path, module, tied, hidden.dtype)
+    return DenseHead(path, module, tied, hidden.shape[-1], hidden.dtype)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

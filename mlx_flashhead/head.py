@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_flashhead.config import FlashHeadConfig, Quantization
 from mlx_flashhead.kernels.centroid_scores import centroid_scores
 from mlx_flashhead.kernels.cluster_logits import cluster_logits
-from mlx_flashhead.kernels.probe_threshold import probe_threshold
+from mlx_flashhead.kernels.probe_threshold import cluster_keys, probe_threshold
 from mlx_flashhead.packing import PackedRows
 
 
@@ -81,6 +81,10 @@ class FlashHead(PackedModule):
         self.freeze()
 
     def __call__(self, hidden: mx.array) -> mx.array:
+        """Return logits, as ``logits`` does."""
+        return self.logits(hidden)
+
+    def logits(self, hidden: mx.array) -> mx.array:
         """Return logits ``(..., V)`` in token order for hidden states ``(..., D)``."""
         *leading, hidden_size = hidden.shape
         positions = hidden.reshape(-1, hidden_size)
@@ -94,24 +98,41 @@ class FlashHead(PackedModule):
         logits = mx.take(self.rows.matmul(hidden), self.token_slots, axis=-1)
         return self._add_bias(logits)
 
+    def probed_clusters(self, hidden: mx.array) -> mx.array:
+        """Return which clusters are scored exactly, ``(N, K)`` bool.
+
+        Args:
+            hidden: Hidden states, ``(N, D)``.
+        """
+        centroid_logits, threshold = self._coarse_stage(hidden)
+        keys = cluster_keys(centroid_logits, self.centroids.bias)
+        is_pinned = mx.arange(keys.shape[-1]) < self.config.num_pinned
+        return is_pinned | (keys >= threshold[:, None])
+
+    def _coarse_stage(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """Return centroid logits ``(N, K)`` and thresholds ``(N,)``."""
+        centroid_logits = centroid_scores(hidden, self.centroids.rows)
+        threshold = probe_threshold(
+            centroid_logits,
+            self.centroids.bias,
+            num_pinned=self.config.num_pinned,
+            num_probes=self.config.num_probes,
+        )
+        return centroid_logits, threshold
+
     def _probed_logits(self, hidden: mx.array) -> mx.array:
         """Run the three steps on ``(N, D)`` hidden states."""
-        probes = {
-            "num_pinned": self.config.num_pinned,
-            "num_probes": self.config.num_probes,
-        }
-        bias = self.centroids.bias
-        centroid_logits = centroid_scores(hidden, self.centroids.rows)
-        threshold = probe_threshold(centroid_logits, bias, **probes)
+        centroid_logits, threshold = self._coarse_stage(hidden)
         return cluster_logits(
             hidden,
             self.rows,
             self.cluster_tokens,
             self.token_slots,
             centroid_logits,
-            bias,
+            self.centroids.bias,
             threshold,
-            **probes,
+            num_pinned=self.config.num_pinned,
+            num_probes=self.config.num_probes,
         )
 
     def _add_bias(self, logits: mx.array) -> mx.array:
@@ -135,7 +156,7 @@ class FlashEmbedding(FlashHead):
 
     def as_linear(self, hidden: mx.array) -> mx.array:
         """Return logits ``(..., V)`` for hidden states ``(..., D)``."""
-        return super().__call__(hidden)
+        return self.logits(hidden)
 
 
 def empty_head(config: FlashHeadConfig) -> FlashHead:

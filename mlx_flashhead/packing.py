@@ -59,8 +59,8 @@ class PackedRows:
             biases=None if self.biases is None else function(self.biases),
         )
 
-    def take(self, row_ids: mx.array) -> PackedRows:
-        """Return the rows ``row_ids``, of any shape, bit for bit."""
+    def take(self, row_ids: mx.array | slice) -> PackedRows:
+        """Return the rows ``row_ids``, of any shape, or a slice, bit for bit."""
         return self.map(lambda array: array[row_ids])
 
     def dequantize(self) -> mx.array:
@@ -76,6 +76,18 @@ class PackedRows:
         return mx.quantized_matmul(
             hidden, self.weight, transpose=True, **self.mlx_arguments
         )
+
+
+def affine(bits: int, hidden_size: int, group_size: int = 64) -> Quantization | None:
+    """Return the affine packing of rows of length D, ``None`` where they stay floats.
+
+    As in mlx-lm, rows whose length no group size divides are not quantized; at 16 bits
+    there is nothing to pack.
+    """
+    if bits == 16:
+        return None
+    sizes = [size for size in (group_size, 32) if hidden_size % size == 0]
+    return Quantization(bits, sizes[0]) if sizes else None
 
 
 def pack_rows(rows: mx.array, quantization: Quantization | None) -> PackedRows:
