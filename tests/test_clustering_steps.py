@@ -40,7 +40,28 @@ def test_best_clusters_copes_with_equal_centroids():
     assert (values == 2).all()
 
 
-def test_balance_clusters_equals_greedy_over_all_pairs():
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_rescore_clusters_orders_the_candidates_by_brute_force(on_gpu, monkeypatch):
+    monkeypatch.setattr(similarity, "_gpu_ready", lambda: on_gpu)
+    monkeypatch.setattr(similarity, "_VALUES_PER_CHUNK", 10 * 6 * 7)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((23, 7), dtype=np.float32)
+    centroids = rng.standard_normal((50, 7), dtype=np.float32)
+    ids = rng.permuted(np.tile(np.arange(50, dtype=np.int32), (23, 1)), axis=1)[:, :6]
+    reports = []
+
+    ordered, values = similarity.rescore_clusters(rows, centroids, ids, reports.append)
+
+    for row in range(23):
+        products = centroids[ids[row]].astype(np.float64) @ rows[row]
+        best_first = np.argsort(-products)
+        assert ordered[row].tolist() == ids[row][best_first].tolist()
+        np.testing.assert_allclose(values[row], products[best_first], rtol=0, atol=1e-5)
+    assert reports == [10, 10, 3]
+
+
+@pytest.mark.parametrize("num_candidates", [12, 100])
+def test_balance_clusters_equals_greedy_over_all_pairs(num_candidates):
     # A stable matching by one similarity is what the greedy rule yields: take
     # the most similar pair, as long as the cluster has room, and go on.
     rng = np.random.default_rng(3)
@@ -48,7 +69,8 @@ def test_balance_clusters_equals_greedy_over_all_pairs():
     centroids = rng.standard_normal((12, 5), dtype=np.float32)
     room = np.array([4] * 11 + [3])
 
-    actual = balance_clusters(rows, centroids, room)
+    candidates = similarity.best_clusters(rows, centroids, num_candidates)
+    actual = balance_clusters(rows, centroids, room, *candidates)
 
     products = rows @ centroids.T
     expected, left = np.full(47, -1), room.copy()
@@ -64,7 +86,8 @@ def test_balance_clusters_fills_each_when_all_rows_want_the_same():
     rows = np.ones((1000, 3), dtype=np.float32)
     centroids = np.random.default_rng(0).standard_normal((100, 3), dtype=np.float32)
 
-    clusters = balance_clusters(rows, centroids, np.full(100, 10))
+    candidates = similarity.best_clusters(rows, centroids, 4)
+    clusters = balance_clusters(rows, centroids, np.full(100, 10), *candidates)
 
     assert (np.bincount(clusters, minlength=100) == 10).all()
 

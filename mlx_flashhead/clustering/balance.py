@@ -1,52 +1,43 @@
 """Assignment of rows to clusters that hold a fixed number of them."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from mlx_flashhead.clustering.similarity import best_clusters
-
-# Clusters a row may ask for before it is scored again against those with room.
-_NUM_CANDIDATES = 16
 
 
 def balance_clusters(
     rows: np.ndarray,
     centroids: np.ndarray,
     room: np.ndarray,
-    on_rows: Callable[[int], None] | None = None,
+    ids: np.ndarray,
+    similarities: np.ndarray,
 ) -> np.ndarray:
     """Assign each row to a similar centroid, no cluster beyond its room.
 
-    Rows ask for clusters in the order of similarity and a full cluster keeps the most
-    similar askers (deferred acceptance, Gale & Shapley 1962). Rows that all their
-    candidates refused are scored again against the clusters which still have room.
+    Rows ask for their candidates in the order of similarity, and a full cluster keeps
+    the most similar askers (deferred acceptance, Gale & Shapley 1962). Rows that all
+    refused get as many new candidates among the clusters which still have room.
 
     Args:
         rows: ``(N, D)``, float32.
         centroids: ``(K, D)``, float32.
         room: Rows each cluster takes, ``(K,)``; they sum to at least N.
-        on_rows: Called with the numbers of rows scored in the first search.
+        ids: Candidate clusters of each row, ``(N, m)``, best first.
+        similarities: Their dot products with the row, ``(N, m)``, descending.
 
     Returns:
         Cluster id of each row, ``(N,)``, int64.
     """
-    clusters = np.full(len(rows), -1)
-    waiting = np.arange(len(rows))
-    while len(waiting):
+    clusters = _match(ids, similarities, room)
+    while len(refused := np.flatnonzero(clusters < 0)):
         taken = np.bincount(clusters[clusters >= 0], minlength=len(room))
         is_open = np.flatnonzero(room > taken)
-        ids, similarities = best_clusters(
-            rows[waiting] if len(waiting) < len(rows) else rows,
-            centroids[is_open],
-            _NUM_CANDIDATES,
-            on_rows,
+        new_ids, new_similarities = best_clusters(
+            rows[refused], centroids[is_open], ids.shape[1]
         )
-        on_rows = None
-        accepted = _match(ids, similarities, (room - taken)[is_open])
+        accepted = _match(new_ids, new_similarities, (room - taken)[is_open])
         placed = accepted >= 0
-        clusters[waiting[placed]] = is_open[accepted[placed]]
-        waiting = waiting[~placed]
+        clusters[refused[placed]] = is_open[accepted[placed]]
     return clusters
 
 

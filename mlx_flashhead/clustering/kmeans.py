@@ -7,8 +7,12 @@ import numpy as np
 
 from mlx_flashhead.clustering.balance import balance_clusters
 from mlx_flashhead.clustering.centroids import weighted_sums
+from mlx_flashhead.clustering.similarity import best_clusters, rescore_clusters
 
 Progress = Callable[[float, float | None], None]
+
+# Clusters a row may ask for before it is scored again against those with room.
+_NUM_CANDIDATES = 32
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ def cluster_rows(
     rows: np.ndarray,
     *,
     cluster_size: int = 16,
-    num_iterations: int = 8,
+    num_iterations: int = 6,
     prior: np.ndarray | None = None,
     pinned_tokens: Iterable[int] = (),
     seed: int = 0,
@@ -46,7 +50,8 @@ def cluster_rows(
     Args:
         rows: The head's rows, ``(V, D)``, float32, finite.
         cluster_size: Slots of a cluster, C.
-        num_iterations: Assignments and centroid updates.
+        num_iterations: Assignments and centroid updates; the odd ones search among
+            all clusters, the even ones among each row's last candidates.
         prior: Expected frequency of each token, ``(V,)``, positive. It chooses the
             tokens which fill up the last pinned cluster. None: low ids first.
         pinned_tokens: Ids of the tokens to be kept in the pinned clusters.
@@ -166,8 +171,16 @@ def _kmeans(
 
     members = np.full((num_clusters, cluster_size), num_rows)
     mean_cosines = []
-    for _ in range(num_iterations):
-        clusters = balance_clusters(directions, centroids, room, on_rows)
+    for iteration in range(num_iterations):
+        # A search among all clusters brings 1.4 times the gain of ordering the last
+        # candidates again, at 3 times the cost for 3072 clusters and more for more.
+        if iteration % 2 == 0:
+            ids, cosines = best_clusters(
+                directions, centroids, _NUM_CANDIDATES, on_rows
+            )
+        else:
+            ids, cosines = rescore_clusters(directions, centroids, ids, on_rows)
+        clusters = balance_clusters(directions, centroids, room, ids, cosines)
         members.flat[:num_rows] = np.argsort(clusters, kind="stable")
         sums = weighted_sums(directions, members, weights)
         # A sum's length is the sum of the cosines of its rows.
