@@ -204,6 +204,7 @@ def _dense_heads(
 def _dense_module(flash: FlashHead, weight: mx.array, *, bits: int) -> nn.Module:
     """Return MLX's own layer over rows ``(V, D)``, quantized as mlx-lm does."""
     vocab_size, hidden_size = weight.shape
+    layer: nn.Module
     if flash.config.tied:
         layer = nn.Embedding(vocab_size, hidden_size)
     else:
