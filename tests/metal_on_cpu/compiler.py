@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -55,7 +56,7 @@ extern "C" void metal_on_cpu_entry(void** buffers, const metal_on_cpu::Ids* ids)
 
 
 def build_library(text: str, name: str, arguments: str, file_name: str) -> Path:
-    """Compile a kernel and link it with the runtime.
+    """Compile a kernel.
 
     Args:
         text: Metal source that defines the kernel ``name``.
@@ -78,7 +79,7 @@ def build_library(text: str, name: str, arguments: str, file_name: str) -> Path:
             include = [f"-I{_HERE / 'include'}", f"-I{_HERE}"]
             _run([compiler, *flags, *include, "-c", str(path), "-o", str(made)])
             linked = Path(folder, "kernel.so")
-            _run([compiler, "-shared", str(made), str(_runtime()), "-o", str(linked)])
+            _run([compiler, *_link_flags(), str(made), "-o", str(linked)])
             _publish(linked, library)
     return library
 
@@ -173,18 +174,24 @@ def _cache_folder() -> Path:
 
 
 @cache
-def _runtime() -> Path:
-    """Return the compiled runtime."""
+def runtime_library() -> Path:
+    """Return the compiled runtime, one for all kernels of a process."""
     compiler = _compiler()
     key = hashlib.sha256((_support_text() + compiler).encode()).hexdigest()[:24]
-    made = _cache_folder() / f"{key}.o"
-    if not made.exists():
+    library = _cache_folder() / f"runtime-{key}.so"
+    if not library.exists():
         with tempfile.TemporaryDirectory() as folder:
-            fresh = Path(folder, "runtime.o")
+            fresh = Path(folder, "runtime.so")
             source = str(_HERE / "runtime.cpp")
-            _run([compiler, *_FLAGS, "-O2", "-c", source, "-o", str(fresh)])
-            _publish(fresh, made)
-    return made
+            _run([compiler, *_FLAGS, "-O2", "-shared", source, "-o", str(fresh)])
+            _publish(fresh, library)
+    return library
+
+
+def _link_flags() -> list[str]:
+    """Return flags for a library whose symbols come from the loaded runtime."""
+    is_mac = sys.platform == "darwin"
+    return ["-shared", *(["-undefined", "dynamic_lookup"] if is_mac else [])]
 
 
 def _publish(fresh: Path, target: Path) -> None:

@@ -100,11 +100,11 @@ def library_kernel(
     text: str,
     name: str,
     arguments: str,
-    inputs: dict[str, np.ndarray],
-    outputs: dict[str, np.ndarray],
+    buffers: dict[str, np.ndarray],
+    outputs: Sequence[str],
+    *,
     grid: _Triple,
     threadgroup: _Triple,
-    *,
     seed: int = 0,
 ) -> Report:
     """Run a kernel that has its own signature, such as one of MLX's.
@@ -113,16 +113,15 @@ def library_kernel(
         text: Metal source that defines the kernel.
         name: Its function.
         arguments: Its template arguments with their brackets.
-        inputs: Arrays by name, in the order of its buffers.
-        outputs: Arrays to be written, which follow the inputs or are named like one.
+        buffers: Arrays by name, in the order of its buffers.
+        outputs: Names of those it writes, which change in place.
         grid: Threads in each dimension.
         threadgroup: Threads of a threadgroup in each dimension.
         seed: Order of threads and threadgroups.
     """
     library = build_library(text, name, arguments, f"{name}.metal")
-    buffers = {**inputs, **outputs}
-    written = dict.fromkeys(outputs, False)
-    return run_grid(library, buffers, written, grid, threadgroup, seed)
+    unwritten = dict.fromkeys(outputs, False)
+    return run_grid(library, buffers, unwritten, grid, threadgroup, seed)
 
 
 def to_numpy(array: mx.array) -> np.ndarray:

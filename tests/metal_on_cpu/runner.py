@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import describe_address
+from .compiler import describe_address, runtime_library
 
 MAX_THREADS = 1024
 
@@ -70,6 +70,7 @@ class _Buffer(ctypes.Structure):
 
 class _Launch(ctypes.Structure):
     _fields_ = [
+        ("entry", ctypes.c_void_p),
         ("grid", ctypes.c_uint64 * 3),
         ("threadgroup", ctypes.c_uint64 * 3),
         ("seed", ctypes.c_uint64),
@@ -91,9 +92,17 @@ class _DlInfo(ctypes.Structure):
 
 
 @cache
-def _load(library: Path) -> Any:
-    """Return a compiled kernel's entry."""
-    return ctypes.CDLL(str(library)).metal_on_cpu_run
+def _runtime() -> Any:
+    """Return the loaded runtime; kernels find its functions in the process."""
+    return ctypes.CDLL(str(runtime_library()), mode=ctypes.RTLD_GLOBAL)
+
+
+@cache
+def _load_entry(library: Path) -> int:
+    """Return the address of a compiled kernel's entry."""
+    _runtime()
+    entry = ctypes.CDLL(str(library)).metal_on_cpu_entry
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0
 
 
 def run_grid(
@@ -121,7 +130,9 @@ def run_grid(
         raise KernelError(f"empty grid {grid} or threadgroup {threadgroup}")
     group = tuple(min(g, t) for g, t in zip(grid, threadgroup, strict=True))
     if np.prod(threadgroup) > MAX_THREADS:
-        raise KernelError(f"threadgroup {threadgroup} has more than {MAX_THREADS} threads")
+        raise KernelError(
+            f"threadgroup {threadgroup} has more than {MAX_THREADS} threads"
+        )
     counts = {name: np.zeros(array.nbytes, np.uint8) for name, array in buffers.items()}
     table = (_Buffer * len(buffers))()
     for entry, (name, array) in zip(table, buffers.items(), strict=True):
@@ -129,10 +140,9 @@ def run_grid(
         entry.is_output = name in outputs
         entry.is_initialised = outputs.get(name, True)
         entry.read_counts = counts[name].ctypes.data
-    launch = _Launch(grid, group, seed, len(buffers), table)
-    entry_point = _load(library)
-    if entry_point(ctypes.byref(launch)):
-        raise KernelError(_message(launch, library, entry_point, list(buffers)))
+    launch = _Launch(_load_entry(library), grid, group, seed, len(buffers), table)
+    if _runtime().metal_on_cpu_run(ctypes.byref(launch)):
+        raise KernelError(_message(launch, library, list(buffers)))
     reports = {
         name: BufferReport(
             *(getattr(entry, field) for field, _ in _Buffer._fields_[5:]), counts[name]
@@ -142,14 +152,14 @@ def run_grid(
     return Report(reports, launch.threadgroup_bytes, grid, threadgroup)
 
 
-def _message(launch: _Launch, library: Path, entry: Any, names: list[str]) -> str:
+def _message(launch: _Launch, library: Path, names: list[str]) -> str:
     """Return an error's text with the source line and the buffers' names."""
     text = launch.error.decode()
     for number in reversed(range(len(names))):
         text = text.replace(f"buffer {number} ", f"{names[number]} ")
     if launch.error_address:
         info = _DlInfo()
-        address = ctypes.cast(entry, ctypes.c_void_p)
-        ctypes.CDLL(None).dladdr(address, ctypes.byref(info))
+        entry = ctypes.c_void_p(launch.entry)
+        ctypes.CDLL(None).dladdr(entry, ctypes.byref(info))
         text += f" ({describe_address(library, launch.error_address - info.base)})"
     return text

@@ -44,6 +44,7 @@ struct Buffer {
 };
 
 struct Launch {
+  void (*entry)(void** buffers, const Ids* ids); // runs one thread
   uint64_t grid[3], threadgroup[3];
   uint64_t seed;
   uint64_t num_buffers;
@@ -131,7 +132,7 @@ void to_scheduler() {
 }
 
 void fiber_main() {
-  metal_on_cpu_entry(reinterpret_cast<void**>(bases), &fibers[current].ids);
+  launch->entry(reinterpret_cast<void**>(bases), &fibers[current].ids);
   fibers[current].state = State::done;
   to_scheduler();
   abort();

@@ -30,7 +30,7 @@ struct Lanes {
 struct AnyReference {
   void* address;
   template <typename T>
-  operator const T&() const { return *static_cast<const T*>(address); }
+  operator T&() const { return *static_cast<T*>(address); }
 };
 struct AnyPointer {
   void* address;
@@ -42,10 +42,7 @@ struct AnyPointer {
 } // namespace metal_on_cpu
 
 extern "C" {
-// Defined by the kernel: runs one thread.
-void metal_on_cpu_entry(void** buffers, const metal_on_cpu::Ids* ids);
-
-// Defined by the runtime.
+// Answered by the runtime.
 void metal_on_cpu_barrier(int line);
 metal_on_cpu::Lanes metal_on_cpu_exchange(const void* value, uint32_t bytes, int line);
 void* metal_on_cpu_threadgroup(const void* site, uint64_t bytes);

@@ -1,6 +1,6 @@
 """The source text that ``mx.fast.metal_kernel`` makes around a kernel's body.
 
-``test_harness_signature.py`` compares it, letter by letter, with what MLX itself prints.
+``test_harness_signature.py`` compares it, letter by letter, with what MLX prints.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _full_name(
     """Return the name under which MLX keeps this variant of a kernel."""
     text = f"custom_kernel_{name}"
     if template:
-        arguments = template_arguments(template).replace(", ", "_")
+        arguments = template_arguments(template).replace(", ", "_").replace("-", "_")
         text += "_" + arguments.replace("<", "_").replace(">", "_")[:-1]
     for array in inputs.values():
         text += f"_{_SCALARS[array.dtype]}"
