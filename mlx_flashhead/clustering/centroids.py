@@ -2,11 +2,13 @@
 
 import numpy as np
 
+from mlx_flashhead.clustering.prior import check_prior
+
 # Rows gathered at a time: 16 MiB at D = 1024.
 _ROWS_PER_CHUNK = 4096
 
-# Between equal weights (0), which lose frequent tokens among their neighbours, and
-# full expected frequency (1), which loses the neighbours: DESIGN figures on two models.
+# Equal weights (0) lose frequent tokens among their cluster's other rows, the full
+# expected frequency (1) loses the others.
 _PRIOR_EXPONENT = 0.5
 
 
@@ -48,10 +50,14 @@ def weighted_centroids(
 
     Returns:
         Centroids, ``(K, D)``, float32.
+
+    Raises:
+        ValueError: If ``prior`` has another shape or a weight that is not positive.
     """
     if prior is None:
         weights = np.ones(len(rows), dtype=np.float32)
     else:
+        check_prior(prior, len(rows))
         # Scaled so that the smallest prior cannot underflow in the sums.
         weights = ((prior / prior.max()) ** _PRIOR_EXPONENT).astype(np.float32)
     totals = np.append(weights, np.float32(0))[cluster_tokens].sum(axis=1)

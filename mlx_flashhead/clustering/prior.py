@@ -37,3 +37,12 @@ def token_prior(vocab_size: int, *, skip: Iterable[int] = ()) -> np.ndarray:
     used[skipped] = False
     rank = np.where(used, np.cumsum(used) - 1, np.count_nonzero(used))
     return (1.0 / (rank + _RANK_OFFSET)).astype(np.float32)
+
+
+def check_prior(prior: np.ndarray, vocab_size: int) -> None:
+    """Raise ValueError unless ``prior`` is ``(V,)`` and positive."""
+    if prior.shape != (vocab_size,) or not prior.min() > 0:
+        raise ValueError(
+            f"prior has shape {prior.shape} and minimum {prior.min()}; need one "
+            f"positive weight for each of {vocab_size} rows."
+        )
