@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -87,10 +89,10 @@ class FlashHead(PackedModule):
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits ``(..., V)`` in token order for hidden states ``(..., D)``."""
         *leading, hidden_size = hidden.shape
-        positions = hidden.reshape(-1, hidden_size)
-        if positions.shape[0] > self.config.max_probed_positions:
+        num_positions = math.prod(leading)
+        if not 1 <= num_positions <= self.config.max_probed_positions:
             return self.dense_logits(hidden)
-        logits = self._probed_logits(positions)
+        logits = self._probed_logits(hidden.reshape(num_positions, hidden_size))
         return self._add_bias(logits).reshape(*leading, self.config.vocab_size)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:
