@@ -219,11 +219,11 @@ def test_cluster_rows_reports_progress_to_the_end():
 
 
 def test_cluster_rows_never_holds_a_row_by_cluster_matrix():
-    rows = gaussian_rows(18_000, 8)
-    matrix_bytes = 18_000 * 6_000 * 4
+    rows = gaussian_rows(12_000, 8)
+    matrix_bytes = 12_000 * 6_000 * 4
 
     tracemalloc.start()
-    cluster_rows(rows, cluster_size=3, num_iterations=2)
+    cluster_rows(rows, cluster_size=2, num_iterations=2)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
