@@ -24,7 +24,7 @@ from mlx_flashhead.packing import PackedRows
 _MAX_THREADS = 1024
 # Enough threads to hide the latency of memory, few enough that several threadgroups
 # fit on a core and the last ones do not leave cores idle.
-_TARGET_THREADS = 256
+_TARGET_THREADS = 192
 # Rows that a thread has in registers: one hidden chunk is loaded for as many chunks
 # of weights, and as many loads are in flight. MLX's qmv kernels use 4 as well.
 _MAX_PASSES = 4

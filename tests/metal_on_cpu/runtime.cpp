@@ -462,8 +462,11 @@ void open_buffer(uint32_t slot) {
   bases[slot] = arena + slot * kRangeBytes + kRangeBytes / 2;
   map(bases[slot], pages(buffer.bytes), PROT_READ | PROT_WRITE, MAP_FIXED);
   memcpy(bases[slot], buffer.data, buffer.bytes);
-  written[slot] = static_cast<uint8_t*>(malloc(buffer.bytes + 1));
-  memset(written[slot], buffer.is_initialised, buffer.bytes);
+  written[slot] = nullptr;
+  if (buffer.is_output) {
+    written[slot] = static_cast<uint8_t*>(malloc(buffer.bytes + 1));
+    memset(written[slot], buffer.is_initialised, buffer.bytes);
+  }
   line_uses[slot] =
       static_cast<LineUse*>(calloc(buffer.bytes / kLine + 2, sizeof(LineUse)));
 }
