@@ -7,8 +7,9 @@ import mlx_lm
 import numpy as np
 import pytest
 import tiny
-from mlx_flashhead import convert
 from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_flashhead import convert
 
 BOTH = [
     "llama",
