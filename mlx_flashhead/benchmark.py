@@ -20,7 +20,7 @@ from mlx_flashhead.head import FlashHead
 from mlx_flashhead.loading import load, load_source
 from mlx_flashhead.measure import dense_tokens, head_bytes, head_tokens, rounded_rows
 from mlx_flashhead.packing import affine
-from mlx_flashhead.sample_text import SAMPLES
+from mlx_flashhead.sample_text import SAMPLE_TEXT
 
 _DENSE_BITS = (4, 8)
 _FLOAT, _FLASHHEAD = "float", "FlashHead"
@@ -128,7 +128,7 @@ def benchmark(
     heads = _dense_heads(flash, rows, with_float=reference is not None)
     # Hidden states come from the body with the truth's own embedding.
     replace_module(body, path, _dense_module(flash, mx.array(rows), bits=16))
-    hidden = _hidden_states(body, tokenizer, path)
+    hidden = hidden_states(body, path, mx.array(tokenizer.encode(SAMPLE_TEXT)))
     truth = dense_tokens(hidden, rows, flash.get("bias"))
     agreements = {
         _dense_name(bits): dense_tokens(
@@ -216,14 +216,6 @@ def _dense_module(flash: FlashHead, weight: mx.array, *, bits: int) -> nn.Module
     if packing is None:
         return layer
     return layer.to_quantized(packing.group_size, packing.bits)
-
-
-def _hidden_states(body: nn.Module, tokenizer: Any, path: str) -> mx.array:
-    """Return hidden states of the built-in texts, ``(N, D)``, float32."""
-    states = [
-        hidden_states(body, path, mx.array(tokenizer.encode(text))) for text in SAMPLES
-    ]
-    return mx.concatenate(states)
 
 
 def _encode(tokenizer: Any, prompt: str) -> mx.array:

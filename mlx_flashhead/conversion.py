@@ -21,7 +21,7 @@ from mlx_flashhead.head import FlashHead
 from mlx_flashhead.loading import Source, load_source
 from mlx_flashhead.measure import HeadFigures, head_bytes, measure_head
 from mlx_flashhead.report import Conversion
-from mlx_flashhead.sample_text import SAMPLES
+from mlx_flashhead.sample_text import SAMPLE_TEXT
 from mlx_flashhead.saving import save_folder, upload
 from mlx_flashhead.vocabulary import read_vocabulary
 
@@ -191,15 +191,13 @@ def _measure(
     source: Source, dense: DenseHead, head: FlashHead, progress: Progress | None
 ) -> HeadFigures:
     """Compare the new head with the source's on the built-in texts."""
-    hidden = []
-    for number, text in enumerate(SAMPLES):
-        if progress:
-            progress("Measuring on a few hundred positions", number / len(SAMPLES))
-        token_ids = mx.array(source.tokenizer.encode(text))
-        hidden.append(hidden_states(source.model, dense.path, token_ids))
-        mx.eval(hidden[-1])
-    rows = float_rows(dense.rows)
-    figures = measure_head(head, rows, mx.concatenate(hidden))
+    stage = "Measuring on a few hundred positions"
     if progress:
-        progress("Measuring on a few hundred positions", 1.0)
+        progress(stage, 0.0)
+    token_ids = mx.array(source.tokenizer.encode(SAMPLE_TEXT))
+    hidden = hidden_states(source.model, dense.path, token_ids)
+    rows = float_rows(dense.rows)
+    figures = measure_head(head, rows, hidden)
+    if progress:
+        progress(stage, 1.0)
     return figures
