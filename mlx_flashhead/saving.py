@@ -26,11 +26,21 @@ def save_folder(
         source: The model with its new head, its tokenizer and its files.
         result: Where to write, and the figures for the model card.
         progress: Called with what is being done and the share of it done.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     if progress:
         progress("Saving", 0.0)
     with _new_folder(result.path) as folder:
-        save_model(folder, source.model, donate_model=True)
+        try:
+            save_model(folder, source.model, donate_model=True)
+        except RuntimeError as error:
+            # What MLX raises when a write fails.
+            raise OSError(
+                f"The weights cannot be written to {folder.parent}; is the disk full? "
+                f"({error})"
+            ) from error
         source.tokenizer.save_pretrained(folder)
         for pattern in ("*.py", "generation_config.json"):
             for file in source.path.glob(pattern):
