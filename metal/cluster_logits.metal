@@ -49,14 +49,14 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // Four slots a thread: neighbouring threads read neighbouring tokens.
 for (uint i = thread_index; i < Clusters * C / 4; i += num_threads) {
-  const uint local = i / (C / 4);
-  if (first_cluster + local >= num_clusters) {
+  const uint member = i / (C / 4);
+  if (first_cluster + member >= num_clusters) {
     break;
   }
   const uint4 tokens = ((const device uint4*)cluster_tokens)[first_cluster * (C / 4) + i];
   for (uint n = 0; n < num_positions; ++n) {
-    if ((probed_by[local] >> n & 1u) == 0) {
-      const T tail = static_cast<T>(tails[n * Clusters + local]);
+    if ((probed_by[member] >> n & 1u) == 0) {
+      const T tail = static_cast<T>(tails[n * Clusters + member]);
       auto logits = out + (first_position + n) * VocabSize;
       for (int j = 0; j < 4; ++j) {
         if (tokens[j] < VocabSize) {
@@ -68,13 +68,13 @@ for (uint i = thread_index; i < Clusters * C / 4; i += num_threads) {
 }
 
 // All threads take the same way through these loops: the barriers are met by all.
-for (uint local = 0; local < Clusters; ++local) {
-  const uint probing = probed_by[local];
+for (uint member = 0; member < Clusters; ++member) {
+  const uint probing = probed_by[member];
   if (probing == 0) {
     continue;
   }
   for (uint tile_row = 0; tile_row < C; tile_row += rows_per_tile) {
-    const uint first_row = (first_cluster + local) * C + tile_row;
+    const uint first_row = (first_cluster + member) * C + tile_row;
     RowTile<W, Bits, GroupSize, Passes> tile;
     tile.load(
         weight,

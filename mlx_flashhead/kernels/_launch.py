@@ -29,6 +29,10 @@ _TARGET_THREADS = 192
 # of weights, and as many loads are in flight. MLX's qmv kernels use 4 as well.
 _MAX_PASSES = 4
 
+# MLX passes smaller inputs in the constant address space; weights are read through
+# device pointers.
+_MIN_DEVICE_SIZE = 8
+
 _GROUP_SIZES = (32, 64, 128)
 _HEADERS = ("packed_rows.h", "cluster_keys.h")
 
@@ -105,7 +109,7 @@ def has_kernel(hidden: mx.array, rows: PackedRows) -> bool:
     """Return whether the kernels can multiply these arrays."""
     dtypes = (mx.float32, mx.float16, mx.bfloat16)
     depth = hidden.shape[-1]
-    if hidden.dtype not in dtypes or depth % 32:
+    if hidden.dtype not in dtypes or depth % 32 or rows.weight.size < _MIN_DEVICE_SIZE:
         return False
     if depth // values_per_chunk(storage_bits(rows)) > _MAX_THREADS:
         return False
