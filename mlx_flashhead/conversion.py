@@ -16,7 +16,7 @@ from mlx_lm.utils import quantize_model
 from mlx_flashhead.attach import DenseHead, find_head, replace_module
 from mlx_flashhead.build import Progress, build_head, float_rows
 from mlx_flashhead.config import MODEL_TYPE
-from mlx_flashhead.forward import hidden_states
+from mlx_flashhead.forward import hidden_states, windows_of
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.loading import Source, load_source
 from mlx_flashhead.measure import HeadFigures, head_bytes, measure_head
@@ -194,7 +194,7 @@ def _measure(
     stage = "Measuring on a few hundred positions"
     if progress:
         progress(stage, 0.0)
-    token_ids = mx.array(source.tokenizer.encode(SAMPLE_TEXT))
+    token_ids = windows_of(source.tokenizer.encode(SAMPLE_TEXT))
     hidden = hidden_states(source.model, dense.path, token_ids)
     rows = float_rows(dense.rows)
     figures = measure_head(head, rows, hidden)

@@ -21,14 +21,14 @@ Project = Callable[[nn.Module, mx.array], mx.array]
 
 
 def hidden_states(model: nn.Module, head_path: str, token_ids: mx.array) -> mx.array:
-    """Return what reaches the head, ``(L, D)`` float32, for a text of L tokens.
+    """Return what reaches the head, ``(B * L, D)`` float32, for B texts of L tokens.
 
     The head itself is not computed.
 
     Args:
         model: A model with a dense head at ``head_path``.
         head_path: Dotted path, from ``find_head``.
-        token_ids: ``(L,)``, integers.
+        token_ids: ``(B, L)``, integers.
     """
     inputs: list[mx.array] = []
 
@@ -42,8 +42,17 @@ def hidden_states(model: nn.Module, head_path: str, token_ids: mx.array) -> mx.a
         return _numpy_product if _numpy_is_faster(project) else project
 
     with exchanged_projections(model, wrap):
-        model(token_ids[None])
-    return inputs[-1][0].astype(mx.float32)
+        model(token_ids)
+    return inputs[-1].reshape(-1, inputs[-1].shape[-1]).astype(mx.float32)
+
+
+def windows_of(token_ids: list[int], length: int = 64) -> mx.array:
+    """Cut a text into rows of ``length`` tokens, ``(B, length)``; drop the rest.
+
+    Attention costs the square of the length: 64 tokens are enough to be in context.
+    """
+    count = max(1, len(token_ids) // length)
+    return mx.array(token_ids[: count * length]).reshape(count, -1)
 
 
 @contextmanager
