@@ -124,6 +124,8 @@ def build_head(
             f"cluster_size={cluster_size} must be in [1, {vocab_size}], the number of "
             "the head's rows."
         )
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0.")
     if centroid_bits not in CENTROID_BITS:
         raise ValueError(
             f"centroid_bits={centroid_bits} must be one of "

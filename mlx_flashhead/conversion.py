@@ -15,7 +15,7 @@ from mlx_lm.utils import quantize_model
 
 from mlx_flashhead.attach import DenseHead, find_head, replace_module
 from mlx_flashhead.build import Progress, build_head, float_rows
-from mlx_flashhead.config import MODEL_TYPE
+from mlx_flashhead.config import MODEL_TYPE, Quantization
 from mlx_flashhead.forward import hidden_states, windows_of
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.loading import Source, load_source
@@ -28,6 +28,14 @@ from mlx_flashhead.vocabulary import read_vocabulary
 # With -q from floats: few rows are read, so precision is cheap, and a 4-bit head
 # misses the float head's token at 15 % of positions (SmolLM2-135M).
 _DEFAULT_HEAD_BITS = 8
+
+# mlx-lm's own: mode -> (bits, group size).
+_BODY_DEFAULTS = {
+    "affine": (4, 64),
+    "mxfp4": (4, 32),
+    "nvfp4": (4, 16),
+    "mxfp8": (8, 32),
+}
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -85,6 +93,7 @@ def convert(
     """
     started = time.perf_counter()
     target = _target_folder(hf_path, mlx_path)
+    body = _body_quantization(q_bits, q_group_size, q_mode)
     source = load_source(hf_path, trust_remote_code=trust_remote_code)
     if source.config.get("model_type") == MODEL_TYPE:
         raise ValueError(
@@ -93,7 +102,7 @@ def convert(
         )
     _cast(source.model, dtype)
     if quantize:
-        _quantize_body(source, q_bits, q_group_size, q_mode)
+        _quantize_body(source, body)
     dense = find_head(source.model)
     if head_bits is None:
         is_float = dense.rows.quantization is None
@@ -105,7 +114,7 @@ def convert(
         cluster_size=cluster_size,
         num_probes=num_probes,
         head_bits=head_bits,
-        head_group_size=q_group_size or 64,
+        head_group_size=body.group_size if body.mode == "affine" else 64,
         centroid_bits=centroid_bits,
         seed=seed,
         progress=progress,
@@ -158,9 +167,15 @@ def _cast(model: nn.Module, dtype: str | None) -> None:
     model.update(tree_map_with_path(cast, model.parameters()))
 
 
-def _quantize_body(
-    source: Source, bits: int | None, group_size: int | None, mode: str
-) -> None:
+def _body_quantization(
+    bits: int | None, group_size: int | None, mode: str
+) -> Quantization:
+    """Return what the options ask for, mlx-lm's defaults filled in."""
+    default_bits, default_group_size = _BODY_DEFAULTS.get(mode, (4, 64))
+    return Quantization(bits or default_bits, group_size or default_group_size, mode)
+
+
+def _quantize_body(source: Source, body: Quantization) -> None:
     """Quantize all of a model but its head, as ``mlx_lm.convert -q`` would."""
     if "quantization" in source.config:
         raise ValueError(
@@ -180,9 +195,9 @@ def _quantize_body(
         source.model, source.config = quantize_model(
             source.model,
             source.config,
-            group_size,
-            bits,
-            mode=mode,
+            body.group_size,
+            body.bits,
+            mode=body.mode,
             quant_predicate=predicate,
         )
 
