@@ -171,7 +171,13 @@ class FlashHeadConfig:
                 "convert the model again."
             )
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        for name in ("rows", "centroids"):
-            if known[name] is not None:
-                known[name] = Quantization(**known[name])
-        return cls(**known)
+        try:
+            for name in ("rows", "centroids"):
+                if known[name] is not None:
+                    known[name] = Quantization(**known[name])
+            return cls(**known)
+        except TypeError as error:
+            raise ValueError(
+                f'config.json: the "flashhead" object has a value of a wrong kind '
+                f"({error}); convert the model again."
+            ) from error

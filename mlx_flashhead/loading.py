@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from mlx_lm.utils import _download
 
 from mlx_flashhead.config import MODEL_TYPE
@@ -104,7 +104,7 @@ def _local_folder(name: str) -> Path:
             f"{name} is no folder here, and the Hugging Face Hub has no such model "
             "open to you; check the spelling, or log in with: hf auth login."
         ) from error
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise FileNotFoundError(
             f"{name} is no folder here, and the Hugging Face Hub cannot be reached; "
             "check the path or your connection."

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from mlx_lm.utils import save_config, save_model
 
 from mlx_flashhead.build import Progress
@@ -57,10 +58,20 @@ def save_folder(
 
 
 def upload(folder: Path, repo_id: str) -> None:
-    """Upload a converted folder to a Hub repository, made if it does not exist."""
+    """Upload a converted folder to a Hub repository, made if it does not exist.
+
+    Raises:
+        OSError: If the Hub refuses or cannot be reached; the folder stays.
+    """
     api = HfApi()
-    api.create_repo(repo_id=repo_id, exist_ok=True)
-    api.upload_large_folder(folder_path=folder, repo_id=repo_id, repo_type="model")
+    try:
+        api.create_repo(repo_id=repo_id, exist_ok=True)
+        api.upload_large_folder(folder_path=folder, repo_id=repo_id, repo_type="model")
+    except (OSError, HTTPError) as error:
+        raise OSError(
+            f"{folder} is complete, but it cannot be uploaded to {repo_id} ({error}); "
+            f"try again with: hf upload {repo_id} {folder}."
+        ) from error
 
 
 @contextmanager
