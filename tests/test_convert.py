@@ -128,6 +128,7 @@ def test_quantized_rows_keep_their_bits(options, tied, tmp_path):
         ("llama", False, {"q_bits": 6, "q_group_size": 32}),
         ("llama", True, {"q_mode": "mxfp4"}),
         ("llama", False, {"q_mode": "nvfp4"}),
+        ("llama", True, {"q_mode": "nvfp4", "q_group_size": 16}),
         ("llama", True, {"q_mode": "mxfp8"}),
         ("llama", True, {"dtype": "float16"}),
         # Its own predicate quantizes some layers otherwise.
@@ -148,7 +149,7 @@ def test_q_quantizes_the_body_as_mlx_lm_does(model_type, tied, options, tmp_path
     )
     dtype = getattr(mx, options.get("dtype", "float32"))
     rows = tiny.read_weights(source)[f"{path}.weight"].astype(dtype)
-    group_size = options.get("q_group_size", 64)
+    group_size = 32 if options.get("q_group_size") == 32 else 64
     packed = mx.quantize(rows, group_size=group_size, bits=8)
     assert_moved(head, dict(zip(("weight", "scales", "biases"), packed, strict=True)))
     assert (result.config.rows.bits, result.config.rows.mode) == (8, "affine")

@@ -12,6 +12,7 @@ import mlx_lm
 import pytest
 import tiny
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 
 from mlx_flashhead import convert, saving
 from mlx_flashhead.cli import convert_main
@@ -246,6 +247,24 @@ def test_upload_goes_through_the_hub_client(source, tmp_path, monkeypatch, capsy
     ]
     assert {"config.json", "model.safetensors", "README.md"} <= set(calls[1][3])
     assert capsys.readouterr().out.endswith("https://huggingface.co/me/tiny\n")
+
+
+@pytest.mark.parametrize("error", [HTTPError("no route"), OSError("refused")])
+def test_failed_upload_keeps_the_folder(error, source, tmp_path, monkeypatch, capsys):
+    def create_repo(self, **options):
+        raise error
+
+    monkeypatch.setattr(saving.HfApi, "create_repo", create_repo)
+    target = tmp_path / "target"
+    arguments = ["--hf-path", str(source), "--mlx-path", str(target)]
+
+    status = convert_main([*arguments, "--upload-repo", "me/tiny"])
+
+    message = capsys.readouterr().err
+    assert status == 1
+    assert message.startswith(f"error: {target} is complete, but it cannot be uploaded")
+    assert f"({error})" in message
+    mlx_lm.load(str(target))
 
 
 def test_command_line_is_the_python_function(source, tmp_path):
