@@ -88,7 +88,6 @@ class Step:
 
     requested: int
     minimum: int
-    hidden: int
     line_share: float
 
 
@@ -128,7 +127,8 @@ def measure(model: Model, head_bits: int) -> dict[str, Step]:
             centroids.nbytes + scores,
         ),
         "probe_threshold": _step(
-            build_kernel("probe_threshold", THRESHOLD_INPUTS).report, 2 * scores + 8
+            build_kernel("probe_threshold", THRESHOLD_INPUTS).report,
+            2 * (scores - NUM_PINNED * 4) + 8,
         ),
         "cluster_logits": _step(
             build_kernel("cluster_logits", step_3._INPUTS).report,
@@ -153,10 +153,7 @@ def _step(report: Report, minimum: int) -> Step:
     weights = [report.buffers[n] for n in WEIGHTS if n in report.buffers]
     lines = sum(b.lines_read for b in weights) or 1
     full = sum(b.lines_read_fully for b in weights) or 1
-    hidden = report.buffers.get("hidden")
-    return Step(
-        sum(asked.values()), minimum, hidden.bytes_read if hidden else 0, full / lines
-    )
+    return Step(sum(asked.values()), minimum, full / lines)
 
 
 def megabytes(size: int) -> str:

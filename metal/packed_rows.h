@@ -34,11 +34,11 @@ METAL_FUNC float fold_lanes(float value) {
   return value;
 }
 
-// The two stored 16-bit floats of a word; the pointer only tells their type.
-METAL_FUNC float2 two_floats(uint word, const device bfloat16_t*) {
+// The two stored 16-bit floats of a word; the second argument only tells their type.
+METAL_FUNC float2 two_floats(uint word, bfloat16_t) {
   return float2(as_type<float>(word << 16), as_type<float>(word & 0xffff0000u));
 }
-METAL_FUNC float2 two_floats(uint word, const device float16_t*) {
+METAL_FUNC float2 two_floats(uint word, float16_t) {
   const half2 pair = as_type<half2>(word);
   return float2(float(pair.x), float(pair.y));
 }
@@ -200,7 +200,7 @@ struct RowTile {
       if constexpr (Bits == 32) {
         sum += hidden.values[i] * as_type<float>(words[pass][i]);
       } else {
-        const float2 pair = two_floats(words[pass][i], (const device W*)nullptr);
+        const float2 pair = two_floats(words[pass][i], W());
         sum += hidden.values[2 * i] * pair.x;
         sum += hidden.values[2 * i + 1] * pair.y;
       }

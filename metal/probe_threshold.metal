@@ -42,7 +42,7 @@ ulong prefix = 0;
 uint rank = limits[1];
 uint num_left = 0;
 uint shift = 48;
-while (num_left != 1) {
+while (num_left != 1 && shift > 0) {
   shift -= digit_bits;
   for (uint i = 0; i < per_thread; ++i) {
     atomic_store_explicit(
