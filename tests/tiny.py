@@ -257,7 +257,7 @@ def write_tokenizer(folder: Path) -> None:
     names = dict(SPECIAL_TOKENS)
     free = (i for i in range(VOCAB_SIZE - 3) if i not in names)
     characters = string.ascii_letters + string.digits + string.punctuation
-    names |= dict(zip(free, characters, strict=False))
+    names |= {next(free): character for character in characters}
     names |= {i: f"word{i}" for i in free}
     vocab = {name: i for i, name in sorted(names.items())}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=SPECIAL_TOKENS[UNK]))
