@@ -161,9 +161,9 @@ def _is_gcc(compiler: str) -> bool:
 @cache
 def _support_text() -> str:
     """Return all text outside a kernel that its library depends on."""
-    files = [*sorted((_HERE / "include").iterdir()), _HERE / "runtime.h"]
-    files += [_HERE / "runtime.cpp", Path(__file__)]
-    return "".join(path.read_text("utf-8") for path in files)
+    files = [*(_HERE / "include").iterdir(), *_HERE.glob("*.h"), Path(__file__)]
+    files.append(_HERE / "runtime.cpp")
+    return "".join(path.read_text("utf-8") for path in sorted(files))
 
 
 def _cache_folder() -> Path:
