@@ -43,8 +43,8 @@ _forced: ContextVar[str | None] = ContextVar("flashhead_kernels", default=None)
 def use_kernels(path: Literal["metal", "ops"]) -> Iterator[None]:
     """Run the Metal kernels, or their twins in MLX ops, whatever the device.
 
-    For tests, and to compare the two on a Mac. Formats that the kernels do not have
-    use the twins in any case.
+    For tests, and to compare the two on a Mac. Holds in the thread that asks for it;
+    formats that the kernels do not have use the twins in any case.
 
     Args:
         path: ``metal`` or ``ops``.
