@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.clustering.similarity import best_clusters
+from mlx_flashhead.clustering.similarity import largest_products
 from mlx_flashhead.config import FlashHeadConfig
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.packing import affine, pack_rows
@@ -121,7 +121,7 @@ def dense_tokens(
     if bias is not None:
         rows = np.hstack([rows, np.array(bias.astype(mx.float32))[:, None]])
         positions = np.pad(positions, ((0, 0), (0, 1)), constant_values=1)
-    token_ids, _ = best_clusters(positions, rows, 1)
+    token_ids, _ = largest_products(positions, rows, 1)
     return token_ids[:, 0]
 
 

@@ -11,7 +11,7 @@ from mlx_flashhead.clustering.balance import balance_clusters
 # without columns left over.
 @pytest.mark.parametrize("num_clusters", [1, 13, 60, 1000, 1031])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_best_clusters_equals_brute_force(num_clusters, on_gpu, monkeypatch):
+def test_largest_products_equals_brute_force(num_clusters, on_gpu, monkeypatch):
     # The MLX branch runs on any device; only the choice is by GPU.
     monkeypatch.setattr(similarity, "_gpu_ready", lambda: on_gpu)
     monkeypatch.setattr(similarity, "_VALUES_PER_CHUNK", 40 * num_clusters)
@@ -20,7 +20,7 @@ def test_best_clusters_equals_brute_force(num_clusters, on_gpu, monkeypatch):
     centroids = rng.standard_normal((num_clusters, 7), dtype=np.float32)
     reports = []
 
-    ids, values = similarity.best_clusters(rows, centroids, 12, reports.append)
+    ids, values = similarity.largest_products(rows, centroids, 12, reports.append)
 
     products = rows.astype(np.float64) @ centroids.astype(np.float64).T
     expected = np.argsort(-products, axis=1)[:, :12]
@@ -31,8 +31,8 @@ def test_best_clusters_equals_brute_force(num_clusters, on_gpu, monkeypatch):
     assert reports == [40, 40, 21]
 
 
-def test_best_clusters_copes_with_equal_centroids():
-    ids, values = similarity.best_clusters(
+def test_largest_products_copes_with_equal_centroids():
+    ids, values = similarity.largest_products(
         np.ones((3, 2), np.float32), np.ones((500, 2), np.float32), 9
     )
 
@@ -69,7 +69,7 @@ def test_balance_clusters_equals_greedy_over_all_pairs(num_candidates):
     centroids = rng.standard_normal((12, 5), dtype=np.float32)
     room = np.array([4] * 11 + [3])
 
-    candidates = similarity.best_clusters(rows, centroids, num_candidates)
+    candidates = similarity.largest_products(rows, centroids, num_candidates)
     actual = balance_clusters(rows, centroids, room, *candidates)
 
     products = rows @ centroids.T
@@ -86,7 +86,7 @@ def test_balance_clusters_fills_each_when_all_rows_want_the_same():
     rows = np.ones((1000, 3), dtype=np.float32)
     centroids = np.random.default_rng(0).standard_normal((100, 3), dtype=np.float32)
 
-    candidates = similarity.best_clusters(rows, centroids, 4)
+    candidates = similarity.largest_products(rows, centroids, 4)
     clusters = balance_clusters(rows, centroids, np.full(100, 10), *candidates)
 
     assert (np.bincount(clusters, minlength=100) == 10).all()

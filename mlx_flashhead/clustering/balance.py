@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mlx_flashhead.clustering.similarity import best_clusters
+from mlx_flashhead.clustering.similarity import largest_products
 
 
 def balance_clusters(
@@ -32,7 +32,7 @@ def balance_clusters(
     while len(refused := np.flatnonzero(clusters < 0)):
         taken = np.bincount(clusters[clusters >= 0], minlength=len(room))
         is_open = np.flatnonzero(room > taken)
-        new_ids, new_similarities = best_clusters(
+        new_ids, new_similarities = largest_products(
             rows[refused], centroids[is_open], ids.shape[1]
         )
         accepted = _match(new_ids, new_similarities, (room - taken)[is_open])

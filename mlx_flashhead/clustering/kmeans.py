@@ -8,7 +8,7 @@ import numpy as np
 from mlx_flashhead.clustering.balance import balance_clusters
 from mlx_flashhead.clustering.centroids import weighted_sums
 from mlx_flashhead.clustering.prior import check_prior
-from mlx_flashhead.clustering.similarity import best_clusters, rescore_clusters
+from mlx_flashhead.clustering.similarity import largest_products, rescore_clusters
 
 Progress = Callable[[float, float | None], None]
 
@@ -175,7 +175,7 @@ def _kmeans(
         # search among all, at a quarter of the time for 3072 clusters, a sixth for
         # 16384.
         if iteration % 2 == 0:
-            ids, cosines = best_clusters(
+            ids, cosines = largest_products(
                 directions, centroids, _NUM_CANDIDATES, on_rows
             )
         else:

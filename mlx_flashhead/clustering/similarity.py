@@ -15,38 +15,38 @@ import numpy as np
 _VALUES_PER_CHUNK = 1 << 23
 
 
-def best_clusters(
-    rows: np.ndarray,
-    centroids: np.ndarray,
+def largest_products(
+    vectors: np.ndarray,
+    candidates: np.ndarray,
     count: int,
     on_rows: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the ``count`` centroids with the largest dot product with each row.
+    """Find the ``count`` candidates with the largest dot product with each vector.
 
     Args:
-        rows: ``(N, D)``, float32.
-        centroids: ``(K, D)``, float32.
-        count: Centroids wanted a row, m; at most K are returned.
-        on_rows: Called after each chunk with the number of rows it held.
+        vectors: ``(N, D)``, float32.
+        candidates: ``(K, D)``, float32.
+        count: Candidates wanted a vector, m; at most K are returned.
+        on_rows: Called after each chunk with the number of vectors it held.
 
     Returns:
-        Cluster ids ``(N, m)`` int32 and dot products ``(N, m)`` float32, best first.
+        Candidate ids ``(N, m)`` int32 and dot products ``(N, m)`` float32, best first.
     """
-    count = min(count, len(centroids))
-    ids = np.empty((len(rows), count), dtype=np.int32)
-    similarities = np.empty((len(rows), count), dtype=np.float32)
+    count = min(count, len(candidates))
+    ids = np.empty((len(vectors), count), dtype=np.int32)
+    products = np.empty((len(vectors), count), dtype=np.float32)
     xp: Any = mx if _gpu_ready() else np
-    transposed = xp.array(centroids).T
-    step = max(1, _VALUES_PER_CHUNK // len(centroids))
-    for start in range(0, len(rows), step):
+    transposed = xp.array(candidates).T
+    step = max(1, _VALUES_PER_CHUNK // len(candidates))
+    for start in range(0, len(vectors), step):
         chunk = slice(start, start + step)
-        values = xp.array(rows[chunk]) @ transposed
+        values = xp.array(vectors[chunk]) @ transposed
         columns = _largest_columns(xp, values, count)
         ids[chunk] = columns
-        similarities[chunk] = xp.take_along_axis(values, columns, axis=1)
+        products[chunk] = xp.take_along_axis(values, columns, axis=1)
         if on_rows:
             on_rows(len(ids[chunk]))
-    return ids, similarities
+    return ids, products
 
 
 def rescore_clusters(
