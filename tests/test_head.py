@@ -149,6 +149,17 @@ def test_only_pinned_clusters_probed():
     assert_logits(actual, expected, D)
 
 
+def test_pinned_clusters_are_probed_though_others_score_higher():
+    head = random_head(num_clusters=401, num_probes=9, num_pinned=6)
+    hidden = random_hidden(2, D, mx.float32, seed=2)
+    head.centroids.bias = mx.where(mx.arange(401) < 6, -1000.0, 0.0)
+
+    actual = head.logits(hidden)
+
+    expected, _ = flash_logits(head, hidden)
+    assert_logits(actual, expected, D)
+
+
 @formats
 @dtypes
 def test_dense_path_is_the_layers_own_product_bit_for_bit(rows, dtype):
