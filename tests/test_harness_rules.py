@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_on_cpu import KernelError, metal_kernel
+from metal_on_cpu import KernelError, metal_kernel, sees_whole_vectors
 
 FIRST = "const uint i = thread_position_in_grid.x;\n"
 
@@ -98,6 +98,8 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_harness_catches(bug):
     body, message = BUGS[bug]
+    if bug == "misaligned vector" and not sees_whole_vectors():
+        pytest.skip("clang splits the load of a vector")
 
     with pytest.raises(KernelError, match=message):
         run(body)

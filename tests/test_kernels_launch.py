@@ -129,3 +129,42 @@ def test_kernel_is_built_once():
         centroid_scores(mx.zeros((2, 96)), random_rows(7, 96, "4/32", seed=1))
 
         assert build_kernel.cache_info().misses == 1
+
+
+def test_mlx_takes_the_calls_of_all_three_kernels(tmp_path):
+    """Without Metal, MLX still checks and records a kernel call that it exports."""
+    hidden = random_hidden(2, 64, mx.bfloat16, seed=1)
+    centroids = random_rows(3, 64, "4/64 bf16", seed=2)
+    rows = random_rows(48, 64, "8/32 bf16", seed=3)
+    tokens = mx.arange(48).astype(mx.uint32)
+    bias = mx.zeros((3,))
+    counts = {"num_pinned": 1, "num_probes": 2}
+    build_kernel.cache_clear()
+
+    def head(hidden):
+        logits = centroid_scores(hidden, centroids)
+        threshold = probe_threshold(logits, bias, **counts)
+        return step_3.cluster_logits(
+            hidden,
+            rows,
+            tokens.reshape(3, 16),
+            tokens,
+            logits,
+            bias,
+            threshold,
+            **counts,
+        )
+
+    exported = tmp_path / "head.mlxfn"
+    with use_kernels("metal"):
+        try:
+            mx.export_function(str(exported), head, hidden)
+        except RuntimeError as error:
+            if "No Metal back-end" not in str(error):
+                raise
+            pytest.skip("this MLX does not export kernels without Metal")
+    build_kernel.cache_clear()
+
+    text = exported.read_bytes()
+    for name in ("centroid_scores", "probe_threshold", "cluster_logits"):
+        assert f"custom_kernel_flashhead_{name}".encode() in text

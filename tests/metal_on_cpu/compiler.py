@@ -18,6 +18,8 @@ _FLAGS = ["-std=c++20", "-fPIC", "-w", "-g1"]
 # the load of a whole vector one access.
 _KERNEL_FLAGS = ["-O1", "-fsanitize=thread"]
 _GCC_FLAGS = ["-fno-tree-sra", "--param", "tsan-instrument-func-entry-exit=0"]
+# Clang would join neighbouring loads into ones that no thread of a GPU makes.
+_CLANG_FLAGS = ["-fno-vectorize", "-fno-slp-vectorize"]
 
 _ARRAY = re.compile(
     r"(?<![\w(,])threadgroup\s+([A-Za-z_][\w:<>, ]*?)\s+(\w+)((?:\s*\[[^\]]+\])*)\s*;"
@@ -72,7 +74,8 @@ def build_library(text: str, name: str, arguments: str, file_name: str) -> Path:
     key = hashlib.sha256((source + compiler + _support_text()).encode()).hexdigest()
     library = _cache_folder() / f"{key[:24]}.so"
     if not library.exists():
-        flags = [*_FLAGS, *_KERNEL_FLAGS, *(_GCC_FLAGS if _is_gcc(compiler) else [])]
+        extra = _GCC_FLAGS if _is_gcc(compiler) else _CLANG_FLAGS
+        flags = [*_FLAGS, *_KERNEL_FLAGS, *extra]
         with tempfile.TemporaryDirectory() as folder:
             path, made = Path(folder, "kernel.cpp"), Path(folder, "kernel.o")
             path.write_text(source, "utf-8")
@@ -141,6 +144,11 @@ def _call_arguments(text: str, name: str) -> list[str]:
         calls.append(f"{star}metal_on_cpu::AnyPointer{{buffers[{number}]}}")
         buffers += 1
     return calls
+
+
+def sees_whole_vectors() -> bool:
+    """Return whether a vector's load is one access: clang splits it, g++ does not."""
+    return _is_gcc(_compiler())
 
 
 def _compiler() -> str:

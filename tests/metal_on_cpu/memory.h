@@ -43,7 +43,13 @@ void read_device(Buffer& buffer, uint32_t slot, uint64_t offset, uint64_t bytes)
   count_line(buffer, line_uses[slot][offset / kLine], offset % kLine, bytes);
 }
 
-void access_device(uint32_t slot, int64_t offset, uint64_t bytes, bool is_write, void* caller) {
+void access_device(
+    uint32_t slot,
+    int64_t offset,
+    uint64_t bytes,
+    bool is_write,
+    bool must_align,
+    void* caller) {
   const bool known = slot < launch->num_buffers;
   if (!known || offset < 0 || offset + bytes > launch->buffers[slot].bytes) {
     launch->error_address = reinterpret_cast<uint64_t>(caller);
@@ -56,7 +62,7 @@ void access_device(uint32_t slot, int64_t offset, uint64_t bytes, bool is_write,
         (unsigned long long)(known ? launch->buffers[slot].bytes : 0));
     stop_fiber();
   }
-  if (bytes <= 16 && offset % bytes != 0) {
+  if (must_align && offset % bytes != 0) {
     launch->error_address = reinterpret_cast<uint64_t>(caller);
     report("misaligned: %llu bytes at byte %lld of buffer %u ",
         (unsigned long long)bytes, (long long)offset, slot);
@@ -82,7 +88,12 @@ void access_device(uint32_t slot, int64_t offset, uint64_t bytes, bool is_write,
   }
 }
 
-inline void access(const void* address, uint64_t bytes, bool is_write, void* caller) {
+inline void access(
+    const void* address,
+    uint64_t bytes,
+    bool is_write,
+    bool must_align,
+    void* caller) {
   const uint64_t offset = static_cast<const unsigned char*>(address) - arena;
   if (offset >= kArenaBytes) {
     return; // the thread's own stack
@@ -92,7 +103,7 @@ inline void access(const void* address, uint64_t bytes, bool is_write, void* cal
   if (slot == kMaxBuffers) {
     access_threadgroup(within, bytes, is_write, caller);
   } else {
-    access_device(slot, within, bytes, is_write, caller);
+    access_device(slot, within, bytes, is_write, must_align, caller);
   }
 }
 

@@ -147,28 +147,36 @@ void* metal_on_cpu_threadgroup(const void* site, uint64_t bytes) {
 }
 
 void metal_on_cpu_access(const void* address, uint64_t bytes, bool is_write) {
-  access(address, bytes, is_write, __builtin_return_address(0));
+  access(address, bytes, is_write, true, __builtin_return_address(0));
 }
 
 // The calls that -fsanitize=thread makes.
 void __tsan_init() {}
-#define ANSWER(n)                                                              \
-  void __tsan_read##n(void* p) { access(p, n, false, __builtin_return_address(0)); } \
-  void __tsan_write##n(void* p) { access(p, n, true, __builtin_return_address(0)); } \
-  void __tsan_unaligned_read##n(void* p) {                                     \
-    access(p, n, false, __builtin_return_address(0));                          \
-  }                                                                            \
-  void __tsan_unaligned_write##n(void* p) {                                    \
-    access(p, n, true, __builtin_return_address(0));                           \
+#define ANSWER(name, bytes, is_write, must_align)                                 \
+  void __tsan_##name(void* p) {                                                   \
+    access(p, bytes, is_write, must_align, __builtin_return_address(0));          \
   }
-ANSWER(1) ANSWER(2) ANSWER(4) ANSWER(8) ANSWER(16)
-#undef ANSWER
+#define ANSWER_ALL(n)                      \
+  ANSWER(read##n, n, false, true)          \
+  ANSWER(write##n, n, true, true)          \
+  ANSWER(unaligned_read##n, n, false, false) \
+  ANSWER(unaligned_write##n, n, true, false)
+ANSWER_ALL(1) ANSWER_ALL(2) ANSWER_ALL(4) ANSWER_ALL(8) ANSWER_ALL(16)
 
 void __tsan_read_range(void* p, uint64_t n) {
-  access(p, n, false, __builtin_return_address(0));
+  access(p, n, false, false, __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, uint64_t n) {
-  access(p, n, true, __builtin_return_address(0));
+  access(p, n, true, false, __builtin_return_address(0));
+}
+void* __tsan_memcpy(void* to, const void* from, uint64_t n) {
+  __tsan_read_range(const_cast<void*>(from), n);
+  __tsan_write_range(to, n);
+  return memcpy(to, from, n);
+}
+void* __tsan_memset(void* to, int value, uint64_t n) {
+  __tsan_write_range(to, n);
+  return memset(to, value, n);
 }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
