@@ -9,7 +9,12 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    StrictDataclassError,
+)
 from mlx_lm.utils import _download
 
 from mlx_flashhead.config import MODEL_TYPE
@@ -86,6 +91,12 @@ def load_source(
     except RuntimeError as error:
         raise ValueError(
             f"The weights in {path} are damaged; download them again ({error})."
+        ) from error
+    except (KeyError, TypeError, StrictDataclassError) as error:
+        # What mlx-lm's and transformers' settings raise where keys are missing.
+        raise ValueError(
+            f"{path / 'config.json'} does not describe its architecture; download it "
+            f"again ({error})."
         ) from error
     return Source(str(name), path, model, tokenizer, config)
 

@@ -57,7 +57,9 @@ class Model:
         sanitize = getattr(model, "sanitize", None)
 
         def checked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            validate_arrays(args.head, weights)
+            # A distributed load builds the model before it knows which files it needs.
+            if weights:
+                validate_arrays(args.head, weights)
             return weights if sanitize is None else sanitize(weights)
 
         # mlx-lm hands a checkpoint's arrays to this method before it loads them.

@@ -79,6 +79,10 @@ def broken_config(folder):
     (folder / "config.json").write_text('{"model_type": ')
 
 
+def incomplete_config(folder):
+    tiny.edit_config(folder, lambda config: config.pop("num_hidden_layers"))
+
+
 def unknown_architecture(folder):
     tiny.edit_config(folder, lambda config: config.update(model_type="zzz"))
 
@@ -118,6 +122,7 @@ BAD_SOURCES = [
     (without_tokenizer, {}, FileNotFoundError, "has no tokenizer"),
     (broken_tokenizer, {}, ValueError, "tokenizer.json"),
     (without_config, {}, FileNotFoundError, "has no config.json"),
+    (incomplete_config, {}, ValueError, "config.json does not describe"),
     (broken_config, {}, ValueError, "config.json is damaged"),
     (unknown_architecture, {}, ValueError, "zzz"),
     (bad_rows, {}, ValueError, "3 of the head's 203 rows hold NaN or infinity"),
