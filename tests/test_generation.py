@@ -12,6 +12,7 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.utils import sharded_load
 from oracles import flash_logits
 
 from mlx_flashhead.head import FlashHead
@@ -253,3 +254,11 @@ def test_decoding_step_neither_evaluates_nor_copies_to_the_host(flash):
     traced = mx.compile(lambda ids: flash(ids))(mx.array([[17]]))
 
     assert traced.shape == (1, 1, 203)
+
+
+def test_distributed_load_gives_the_same_logits(flash, tiny_flashhead):
+    # It builds the model once before it has weights.
+    sharded, _ = sharded_load(str(tiny_flashhead))
+    token_ids = mx.array([[3, 7, 1]])
+
+    assert mx.array_equal(sharded(token_ids), flash(token_ids))
