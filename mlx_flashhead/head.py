@@ -48,7 +48,8 @@ class FlashHead(PackedModule):
     Logits of probed clusters equal those of the dense product over the same stored
     rows; every other token gets its cluster's centroid logit, so that each token
     stays reachable and the softmax denominator stays nearly right. Calls with more
-    than ``config.max_probed_positions`` positions take the dense path.
+    than ``config.max_probed_positions`` positions take the dense path, and so does
+    training (``model.train()``): choosing clusters has no gradient.
 
     Args:
         config: Settings; shapes below are in its terms.
@@ -81,6 +82,7 @@ class FlashHead(PackedModule):
             self.bias = bias
         # Index maps have no gradient, and rows that move would leave their clusters.
         self.freeze()
+        self.eval()
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Return logits, as ``logits`` does."""
@@ -90,7 +92,8 @@ class FlashHead(PackedModule):
         """Return logits ``(..., V)`` in token order for hidden states ``(..., D)``."""
         *leading, hidden_size = hidden.shape
         num_positions = math.prod(leading)
-        if not 1 <= num_positions <= self.config.max_probed_positions:
+        is_probed = 1 <= num_positions <= self.config.max_probed_positions
+        if self.training or not is_probed:
             return self.dense_logits(hidden)
         logits = self._probed_logits(hidden.reshape(num_positions, hidden_size))
         return self._add_bias(logits).reshape(*leading, self.config.vocab_size)

@@ -296,3 +296,17 @@ def test_empty_head_has_the_arrays_of_a_real_one(rows):
 
 def test_head_is_frozen():
     assert random_head().trainable_parameters() == {"centroids": {}}
+
+
+def test_training_has_the_dense_heads_gradient():
+    head = random_head(num_clusters=29, num_probes=5)
+    hidden = random_hidden(1, D, mx.float32, seed=0)
+    weight = head.rows.dequantize()[head.token_slots]
+
+    head.train()
+    gradient = mx.grad(lambda h: head(h).square().sum())(hidden)
+
+    expected = mx.grad(lambda h: (h @ weight.T).square().sum())(hidden)
+    error = mx.abs(gradient - expected).max() / mx.abs(expected).max()
+    assert error < 1e-5
+    assert not head.eval().training
