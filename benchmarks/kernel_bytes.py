@@ -23,6 +23,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from metal_on_cpu import Report, metal_kernel  # noqa: E402
 
+from mlx_flashhead.build import DEFAULT_PROBE_SHARE  # noqa: E402
 from mlx_flashhead.config import Quantization  # noqa: E402
 from mlx_flashhead.kernels import cluster_logits as step_3  # noqa: E402
 from mlx_flashhead.kernels._launch import build_kernel, use_kernels  # noqa: E402
@@ -32,7 +33,6 @@ from mlx_flashhead.packing import PackedRows  # noqa: E402
 
 CLUSTER_SIZE = 16
 GROUP_SIZE = 64
-PROBED_SHARE = 32
 NUM_PINNED = 8
 MARKER = "<!-- made by benchmarks/kernel_bytes.py -->"
 
@@ -103,7 +103,7 @@ def random_words(num_rows: int, depth: int, bits: int) -> PackedRows:
 def measure(model: Model, head_bits: int) -> dict[str, Step]:
     """Run one decoding step and return the counts of each kernel."""
     num_clusters = -(-model.vocab_size // CLUSTER_SIZE)
-    num_probes = num_clusters // PROBED_SHARE
+    num_probes = num_clusters // DEFAULT_PROBE_SHARE
     counts = {"num_pinned": NUM_PINNED, "num_probes": num_probes}
     slots = np.arange(num_clusters * CLUSTER_SIZE, dtype=np.uint32)
     slots = np.minimum(np.random.default_rng(0).permutation(slots), model.vocab_size)

@@ -16,7 +16,7 @@ from mlx_flashhead.kernels._precision import exact_operands
 from mlx_flashhead.kernels.probe_threshold import cluster_keys
 from mlx_flashhead.packing import PackedRows
 
-# Clusters of one threadgroup. Of 16 about one is probed at the usual share of 1/16:
+# Clusters of one threadgroup. Of 16 about two are probed at the usual share of 1/8:
 # fewer would start threads for nothing, more would leave some threadgroups with
 # much more work than others.
 _CLUSTERS_PER_THREADGROUP = 16
