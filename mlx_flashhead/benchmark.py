@@ -13,11 +13,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-from mlx_flashhead.attach import find_head, replace_module
-from mlx_flashhead.build import Progress, float_rows
+from mlx_flashhead.attach import replace_module
+from mlx_flashhead.build import Progress
 from mlx_flashhead.forward import hidden_states, windows_of
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.loading import load, load_source
+from mlx_flashhead.heads import truth_rows
+from mlx_flashhead.loading import load
 from mlx_flashhead.measure import dense_tokens, head_bytes, head_tokens, rounded_rows
 from mlx_flashhead.packing import affine
 from mlx_flashhead.sample_text import SAMPLE_TEXT
@@ -124,7 +125,7 @@ def benchmark(
     body, tokenizer = load(model)
     flash = next(m for m in body.modules() if isinstance(m, FlashHead))
     path = flash.config.head_path
-    rows = _truth_rows(flash, reference)
+    rows = truth_rows(flash, reference)
     heads = _dense_heads(flash, rows, with_float=reference is not None)
     # Hidden states come from the body with the truth's own embedding.
     replace_module(body, path, _dense_module(flash, mx.array(rows), bits=16))
@@ -169,24 +170,6 @@ def benchmark(
         num_trials=num_trials,
         truth=f"the head of {reference}" if reference else "all its own rows",
     )
-
-
-def _truth_rows(flash: FlashHead, reference: str | None) -> np.ndarray:
-    """Return the rows that agreement is measured against, ``(V, D)``, float32."""
-    if reference is None:
-        return float_rows(flash.rows.take(flash.token_slots))
-    dense = find_head(load_source(reference).model)
-    config = flash.config
-    if (dense.rows.num_rows, dense.hidden_size) != (
-        config.vocab_size,
-        config.hidden_size,
-    ):
-        raise ValueError(
-            f"The head of {reference} is {dense.rows.num_rows} x {dense.hidden_size}, "
-            f"this model's {config.vocab_size} x {config.hidden_size}: name the model "
-            "that it was converted from."
-        )
-    return float_rows(dense.rows)
 
 
 def _dense_heads(

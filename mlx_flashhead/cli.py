@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -38,6 +39,35 @@ def benchmark_main(argv: Sequence[str] | None = None) -> int:
         if show_text:
             print(result.texts(), end="\n\n")
         print(result.table())
+
+    return _without_traceback(run)
+
+
+def evaluate_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``mlx_flashhead.evaluate``; return a process exit status."""
+    args = vars(_evaluate_parser().parse_args(argv))
+    plot, json = args.pop("plot"), args.pop("json")
+
+    def run() -> None:
+        from mlx_flashhead.evaluate import evaluate
+        from mlx_flashhead.files import check_target, written_whole
+        from mlx_flashhead.plot import check_plot, draw_plot
+
+        # Before minutes of work whose result could not be kept.
+        for path in filter(None, (plot, json)):
+            check_target(path)
+        if plot:
+            check_plot(plot)
+            args["sweep"] = True
+        with _ProgressBar() as progress:
+            result = evaluate(**args, progress=progress)
+        print(result.table())
+        if json:
+            with written_whole(json) as file:
+                file.write_text(result.to_json(), "utf-8")
+        if plot:
+            with written_whole(plot) as file:
+                draw_plot(result, file)
 
     return _without_traceback(run)
 
@@ -84,7 +114,7 @@ def _convert_parser() -> argparse.ArgumentParser:
     add(
         "--num-probes",
         type=int,
-        help="Clusters scored exactly per token. Default: one in 16, and the pinned "
+        help="Clusters scored exactly per token. Default: one in 8, and the pinned "
         "ones, which hold end-of-sequence and special tokens.",
     )
     add(
@@ -127,6 +157,51 @@ def _benchmark_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=64, help="Tokens a run. Default: 64.")
     add("--num-trials", type=int, default=3, help="Runs of each head. Default: 3.")
     add("--show-text", action="store_true", help="Print the answers as well.")
+    return parser
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_flashhead.evaluate",
+        description="Compare a FlashHead model's head with dense heads, figure by "
+        "figure: tokens, distributions, perplexity, greedy texts, bytes.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="A converted model: folder or Hub id.")
+    add(
+        "--reference",
+        help="The model it was converted from; adds its head in float as the truth, "
+        "and that head at 4 bits as a rival. Default: only the converted model's own "
+        "rows, all of them read.",
+    )
+    add(
+        "--text",
+        action="append",
+        default=[],
+        dest="texts",
+        metavar="FILE",
+        help="UTF-8 text to take positions from; may be repeated. Default: what the "
+        "model itself writes after built-in prompts.",
+    )
+    add(
+        "--num-positions",
+        type=int,
+        help="Positions, at most. Default: 512, on a GPU 2048.",
+    )
+    add("--seed", type=int, default=0, help="Seed of the sampling. Default: 0.")
+    add(
+        "--sweep",
+        action="store_true",
+        help="Measure at other numbers of probes as well: powers of two.",
+    )
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="Draw agreement and divergence against bytes read, with a sweep; the "
+        "suffix names the kind of picture.",
+    )
+    add("--json", type=Path, metavar="FILE", help="Write all figures as JSON.")
     return parser
 
 

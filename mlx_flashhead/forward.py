@@ -9,8 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_flashhead.head import FlashEmbedding, FlashHead
+
 # The layers that mlx-lm's models project with, and the method that projects.
 PROJECTIONS: dict[type, str] = {
+    FlashHead: "__call__",
+    FlashEmbedding: "as_linear",
     nn.Linear: "__call__",
     nn.QuantizedLinear: "__call__",
     nn.Embedding: "as_linear",
@@ -26,24 +30,61 @@ def hidden_states(model: nn.Module, head_path: str, token_ids: mx.array) -> mx.a
     The head itself is not computed.
 
     Args:
-        model: A model with a dense head at ``head_path``.
+        model: A model with a head, dense or not, at ``head_path``.
         head_path: Dotted path, from ``find_head``.
         token_ids: ``(B, L)``, integers.
     """
     inputs: list[mx.array] = []
 
-    def wrap(path: str, project: Project) -> Project:
+    def wrap(project: Project) -> Project:
         def record(module: nn.Module, hidden: mx.array) -> mx.array:
             inputs.append(hidden)
             return project(module, hidden)
 
-        if path == head_path:
-            return record
-        return _numpy_product if _numpy_is_faster(project) else project
+        return record
 
-    with exchanged_projections(model, wrap):
+    with exchanged_head(model, head_path, wrap):
         model(token_ids)
     return inputs[-1].reshape(-1, inputs[-1].shape[-1]).astype(mx.float32)
+
+
+@contextmanager
+def exchanged_head(
+    model: nn.Module,
+    head_path: str,
+    wrap: Callable[[Project], Project],
+    *,
+    keep_weights: bool = False,
+) -> Iterator[None]:
+    """Exchange what a model's head does; let the body run as fast as it can.
+
+    Args:
+        model: A model with a head at ``head_path``.
+        head_path: Dotted path of the head.
+        wrap: Called with the head's projecting method; returns the one to use.
+        keep_weights: The body is to run many times: where NumPy forms its products,
+            layers are unpacked once and stay in memory as floats until the end.
+    """
+    weights: dict[str, np.ndarray] = {}
+
+    def exchange(path: str, project: Project) -> Project:
+        if path == head_path:
+            return wrap(project)
+        if not _numpy_is_faster(project):
+            return project
+
+        def product(layer: nn.Module, hidden: mx.array) -> mx.array:
+            weight = weights.get(path)
+            if weight is None:
+                weight = _float_weight(layer)
+                if keep_weights:
+                    weights[path] = weight
+            return _numpy_product(layer, hidden, weight)
+
+        return product
+
+    with exchanged_projections(model, exchange):
+        yield
 
 
 def windows_of(token_ids: list[int], length: int = 64) -> mx.array:
@@ -97,8 +138,8 @@ def _numpy_is_faster(project: Project) -> bool:
     return is_linear and mx.default_device() == mx.cpu
 
 
-def _numpy_product(layer: nn.Module, hidden: mx.array) -> mx.array:
-    """Apply a linear layer through NumPy, in float32."""
+def _float_weight(layer: nn.Module) -> np.ndarray:
+    """Return a linear layer's weight, ``(out, in)``, float32."""
     weight = layer.weight
     if "scales" in layer:
         weight = mx.dequantize(
@@ -109,6 +150,11 @@ def _numpy_product(layer: nn.Module, hidden: mx.array) -> mx.array:
             layer.bits,
             layer.mode,
         )
-    left, right = (np.array(a.astype(mx.float32)) for a in (hidden, weight))
-    output = mx.array(left @ right.T).astype(hidden.dtype)
+    return np.array(weight.astype(mx.float32))
+
+
+def _numpy_product(layer: nn.Module, hidden: mx.array, weight: np.ndarray) -> mx.array:
+    """Apply a linear layer through NumPy, in float32."""
+    product = np.array(hidden.astype(mx.float32)) @ weight.T
+    output = mx.array(product).astype(hidden.dtype)
     return output + layer.bias if "bias" in layer else output

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "kernels": {"packing"},
     "head": {"config", "packing", "kernels"},
     "checkpoint": {"config", "packing", "head"},
-    "forward": set(),
+    "forward": {"head"},
     "attach": {"config", "packing", "head", "forward"},
     "vocabulary": set(),
     "measure": {"config", "packing", "clustering", "head"},
@@ -33,14 +33,27 @@ MAY_IMPORT = {
         *("config", "head", "attach", "forward", "vocabulary", "measure", "build"),
         *("loading", "report", "saving", "sample_text"),
     },
+    "heads": {"attach", "build", "forward", "head", "loading", "measure"},
     "benchmark": {
-        *("packing", "head", "attach", "forward", "measure", "build", "loading"),
-        "sample_text",
+        *("packing", "head", "attach", "forward", "measure", "build", "heads"),
+        *("loading", "sample_text"),
     },
-    "cli": {"conversion", "benchmark"},
+    "comparison": set(),
+    "positions": {"forward"},
+    "evaluation": {"comparison"},
+    "plot": {"evaluation"},
+    "files": set(),
+    "bench": {"build", "comparison", "evaluation", "head", "heads", "positions"},
+    "evaluate": {
+        *("bench", "build", "config", "evaluation", "head", "heads", "loading"),
+        *("measure", "positions", "sample_text"),
+    },
+    "cli": {"conversion", "benchmark", "evaluate", "files", "plot"},
 }
 HOSTS = {
-    "mlx_lm": {"loading", "conversion", "saving", "benchmark"},
+    "mlx_lm": {"loading", "conversion", "saving", "benchmark", "positions"},
+    # Optional: the extra "plot".
+    "matplotlib": {"plot"},
     "huggingface_hub": {"loading", "report", "saving", "cli"},
     "transformers": set(),
 }

@@ -1,0 +1,163 @@
+"""What an evaluation found: as lines for a terminal, as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+
+from mlx_flashhead.comparison import Comparison, Share
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """One head's figures against the truth.
+
+    Attributes:
+        name: What the head is.
+        bytes_per_token: Bytes of head read for a token.
+        figures: Its comparison with the truth, over all positions.
+        num_probes: Clusters probed, in a sweep.
+        first_differences: For each greedy text, after how many tokens it leaves the
+            truth's, ``None`` if it does not; ``None`` if none was written.
+    """
+
+    name: str
+    bytes_per_token: int
+    figures: Comparison
+    num_probes: int | None = None
+    first_differences: list[int | None] | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Heads compared with one truth.
+
+    Attributes:
+        truth: What the truth is.
+        truth_perplexity: Perplexity of the text under it.
+        truth_bytes_per_token: Bytes of head that it reads for a token.
+        heads: The heads, FlashHead first.
+    """
+
+    truth: str
+    truth_perplexity: float
+    truth_bytes_per_token: int
+    heads: list[HeadResult]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was measured on a model.
+
+    Attributes:
+        model: Folder or Hub id, as given.
+        text: Where the positions come from.
+        num_positions: Positions looked at.
+        num_probes: Clusters the model probes.
+        num_clusters: Clusters it has.
+        trials: Comparisons with the dense product over its own rows and, last, with
+            the reference's head if one was named.
+        sweep: FlashHead at other numbers of probes against the last trial's truth.
+    """
+
+    model: str
+    text: str
+    num_positions: int
+    num_probes: int
+    num_clusters: int
+    trials: list[Trial]
+    sweep: list[HeadResult]
+
+    def to_json(self) -> str:
+        """Return everything as a JSON object."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def table(self) -> str:
+        """Return the figures as lines of at most 80 columns, but for long names."""
+        lines = [
+            f"{self.num_probes} of {self.num_clusters} clusters probed; "
+            f"{self.num_positions} positions of {self.text}",
+            "in brackets: 95 % confidence intervals",
+        ]
+        for trial in self.trials:
+            lines += ["", *_trial_lines(trial)]
+        if self.sweep:
+            lines += ["", *_sweep_lines(self)]
+        return "\n".join(lines)
+
+
+def _trial_lines(trial: Trial) -> list[str]:
+    """Return a table with a column for each head."""
+    lines = [
+        f"against {trial.truth}",
+        f"(perplexity {trial.truth_perplexity:.2f}, "
+        f"{trial.truth_bytes_per_token / 1e6:.1f} MB per token)",
+    ]
+    columns = [_column(head) for head in trial.heads]
+    for cells in zip(_LABELS, *columns, strict=True):
+        lines.append(f"{cells[0]:<20}" + "".join(f"{c:<19}" for c in cells[1:]))
+    return [line.rstrip() for line in lines]
+
+
+_LABELS = (
+    "",
+    "agreement %",
+    "recall %",
+    "in top 3 / 10 %",
+    "KL divergence",
+    "total variation",
+    "perplexity",
+    "exact mass (truth)",
+    "greedy texts differ",
+    "  first, median at",
+    "MB per token",
+)
+
+
+def _column(head: HeadResult) -> list[str]:
+    """Return a head's cells, one for each label."""
+    figures = head.figures
+    mass = "all"
+    if figures.exact_mass is not None and figures.truth_exact_mass is not None:
+        mass = f"{figures.exact_mass:.1%} ({figures.truth_exact_mass:.1%})"
+    firsts = head.first_differences or []
+    places = [first for first in firsts if first is not None]
+    return [
+        head.name,
+        _share(figures.agreement),
+        "all" if figures.recall is None else _share(figures.recall),
+        f"{figures.top3 * 100:.1f} / {figures.top10 * 100:.1f}",
+        f"{figures.kl_divergence:.5f}",
+        f"{figures.total_variation:.5f}",
+        f"{figures.perplexity:.2f}",
+        mass,
+        f"{len(places)} of {len(firsts)}" if firsts else "-",
+        f"{min(places)}, {statistics.median(places):g}" if places else "-",
+        f"{head.bytes_per_token / 1e6:.1f}",
+    ]
+
+
+def _sweep_lines(evaluation: Evaluation) -> list[str]:
+    """Return a line for each number of probes."""
+    lines = [
+        f"against {evaluation.trials[-1].truth}; * as converted",
+        f"{'probes':>7} {'MB/token':>9}  {'recall %':<19}{'agreement %':<19}"
+        f"{'KL':>9}{'variation':>11}",
+    ]
+    for head in evaluation.sweep:
+        figures = head.figures
+        mark = "*" if head.num_probes == evaluation.num_probes else " "
+        lines.append(
+            f"{head.num_probes:>6}{mark} {head.bytes_per_token / 1e6:>9.2f}  "
+            f"{_share(figures.recall):<19}{_share(figures.agreement):<19}"
+            f"{figures.kl_divergence:>9.5f}{figures.total_variation:>11.5f}"
+        )
+    return lines
+
+
+def _share(share: Share | None) -> str:
+    if share is None:
+        return ""
+    value, low, high = (f"{x * 100:.1f}" for x in (share.value, share.low, share.high))
+    return f"{value} [{low}-{high}]"
