@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import mlx.core as mx
@@ -296,24 +295,33 @@ def test_plain_model_is_refused(tiny_llama, capsys):
     assert "is not a FlashHead model" in capsys.readouterr().err
 
 
-def test_without_matplotlib_nothing_is_measured(tiny_flashhead, tmp_path):
-    code = """
-import sys
-sys.modules["matplotlib"] = None
-from mlx_flashhead.cli import evaluate_main
-sys.exit(evaluate_main(sys.argv[1:]))
-"""
-    argv = ["--model", str(tiny_flashhead), "--plot", str(tmp_path / "out.png")]
+def test_without_matplotlib_nothing_is_measured(
+    tiny_flashhead, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    plot = tmp_path / "out.png"
 
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    status = evaluate_main(["--model", str(tiny_flashhead), "--plot", str(plot)])
 
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: The plot needs matplotlib")
-    assert done.stderr.count("\n") == 1
+    streams = capsys.readouterr()
+    assert status == 1
+    assert streams.out == ""
+    assert streams.err.startswith("error: The plot needs matplotlib")
+    assert streams.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_nothing(tiny_flashhead, tmp_path, capsys, monkeypatch):
+    def savefig(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    argv = ["--model", str(tiny_flashhead), "--num-positions", "8"]
+
+    status = evaluate_main([*argv, "--plot", str(tmp_path / "out.png")])
+
+    assert status == 1
+    assert capsys.readouterr().err == "error: No space left on device\n"
     assert not list(tmp_path.iterdir())
