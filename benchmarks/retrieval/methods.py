@@ -42,11 +42,15 @@ def cluster_methods(subject: Subject) -> Iterator[Method]:
     yield "paper's clusters, mean centroids", partial(plain, equal, spherical)
     yield "product, version 0.1: centred, prior^0.5 means", partial(_product, subject)
     calibration = reference(subject)
-    for size in (16, 4):
-        yield (
-            f"clusters of {size} in the metric, all dimensions, 4 bits",
-            partial(_metric_clusters, subject, calibration, size),
-        )
+    for size, all_dims in ((16, (rows.shape[1],)), (4, (128, 288))):
+        clusters = _metric_clusters(subject, calibration, size)
+        for dims in all_dims:
+            yield (
+                f"clusters of {size} in the metric, {dims} dimensions, 4 bits",
+                partial(
+                    sketch, rows, calibration, dims=dims, bits=4, clusters=clusters
+                ),
+            )
 
 
 def sketch_methods(subject: Subject) -> Iterator[Method]:
@@ -128,24 +132,17 @@ def _product(subject: Subject) -> Coarse:
     return plain(weighted_centroids(rows, slots, prior), clusters)
 
 
-def _metric_clusters(subject: Subject, calibration: Calibration, size: int) -> Coarse:
-    """Return clusters built, and centroids packed, in the metric."""
-    weights = calibration.prior**0.5
+def _metric_clusters(
+    subject: Subject, calibration: Calibration, size: int
+) -> np.ndarray:
+    """Return the cluster of each row, ``(V,)``, where k-means runs in the metric."""
+    weights: np.ndarray = calibration.prior**0.5
     common = (weights / weights.sum()) @ subject.rows
     whole = (subject.rows - common).astype(np.float32)
     whole = whole @ power(calibration.covariance, 0.5)
     moment = (whole.T * weights.astype(np.float32)) @ whole
     main = np.linalg.eigh(moment)[1][:, -CLUSTERING_DIMS:]
-    clusters = balanced_kmeans(
-        np.ascontiguousarray(whole @ main), size, weights=weights
-    )
-    return sketch(
-        subject.rows,
-        calibration,
-        dims=subject.rows.shape[1],
-        bits=4,
-        clusters=clusters,
-    )
+    return balanced_kmeans(np.ascontiguousarray(whole @ main), size, weights=weights)
 
 
 def _part(states: States, count: int) -> States:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import inverted_file
 import methods
 import numpy as np
 from coarse import quantize
@@ -81,7 +80,9 @@ def recall_results(subject: Subject, table: str) -> Iterable[Result]:
 
 
 def ivf_results(subject: Subject) -> Iterable[Result]:
-    """Judge faiss's inverted file with lists of 16 and of 64 rows on average."""
+    """Judge faiss's inverted file with lists of 64 and of 16 rows on average."""
+    import inverted_file  # here because faiss is optional
+
     for size in (64, 16):
         needed, coarse_bytes = inverted_file.rows_needed(
             subject.rows,

@@ -22,7 +22,7 @@ SCRIPTS = {
 }
 SEEDS = {"calibration": 11, "test": 12, "random": 13}
 TOKENS_PER_TEXT = {"calibration": 64, "test": 80, "random": 12}
-RANDOM_TEXTS = 512
+RANDOM_TEXTS = 256
 QUICK_SHARE = 6
 
 
