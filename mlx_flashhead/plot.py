@@ -84,7 +84,7 @@ def _draw_dense(upper: Any, lower: Any, evaluation: Evaluation) -> None:
             _megabytes(trial.truth_bytes_per_token),
             color="gray",
             linestyle=":",
-            label=f"dense: {trial.truth}",
+            label="dense head",
         )
 
 
