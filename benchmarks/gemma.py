@@ -13,6 +13,7 @@ import argparse
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def passes(name: str, check: Callable[..., None], *folders: Path) -> bool:
     try:
         check(*folders)
     except (AssertionError, subprocess.SubprocessError) as error:
-        print(f"{name}: FAILED: {error}")
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"{name}: FAILED: {error} at line {where.lineno}: {where.line}")
         return False
     print(f"{name}: passed in {time.perf_counter() - started:.0f} s", flush=True)
     return True

@@ -57,7 +57,8 @@ def check_generate(folder: Path, plain: Path) -> None:
     model, tokenizer = mlx_lm.load(str(folder))
     messages = [{"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    assert text.strip() == mlx_lm.generate(model, tokenizer, prompt, max_tokens=8)
+    expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=8)
+    assert text.strip() == expected.strip()
 
 
 def check_chat(folder: Path) -> None:
@@ -176,7 +177,8 @@ def _check_chat_answers(client: openai.OpenAI, folder: Path) -> None:
         max(t.top_logprobs, key=_log_probability) for t in choice.logprobs.content
     ]
     _, tokenizer = mlx_lm.load(str(folder), lazy=True)
-    assert tokenizer.decode([token.id for token in greedy]) == choice.message.content
+    text = tokenizer.decode([token.id for token in greedy])
+    assert text.lstrip() == choice.message.content.lstrip()
     assert all(len(t.top_logprobs) == 3 for t in choice.logprobs.content)
     assert all(token.logprob <= 0 for token in greedy)
     deltas = [part.choices[0].delta.content for part in parts if part.choices]
@@ -203,8 +205,8 @@ def _check_completions(client: openai.OpenAI, folder: Path) -> None:
 
     model, tokenizer = mlx_lm.load(str(folder))
     tokens = greedy_tokens(model, tokenizer.encode(PROMPT), 6)
-    # mlx-lm's server drops the space that a text starts with.
-    assert answer.choices[0].text == tokenizer.decode(tokens).lstrip()
+    # Some of mlx-lm's detokenizers drop the space that a text starts with.
+    assert answer.choices[0].text.lstrip() == tokenizer.decode(tokens).lstrip()
     streamed = [part.choices[0].text for part in parts if part.choices]
     assert "".join(streamed) == answer.choices[0].text
     assert biased.choices[0].text == tokenizer.decode([token_id] * 6)
