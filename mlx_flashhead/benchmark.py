@@ -15,13 +15,13 @@ from mlx_lm.generate import generate_step
 
 from mlx_flashhead.attach import replace_module
 from mlx_flashhead.build import Progress
-from mlx_flashhead.forward import hidden_states, windows_of
+from mlx_flashhead.forward import hidden_states
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.heads import truth_rows
 from mlx_flashhead.loading import load
 from mlx_flashhead.measure import dense_tokens, head_bytes, head_tokens, rounded_rows
 from mlx_flashhead.packing import affine
-from mlx_flashhead.sample_text import SAMPLE_TEXT
+from mlx_flashhead.positions import sample_windows
 
 _DENSE_BITS = (4, 8)
 _FLOAT, _FLASHHEAD = "float", "FlashHead"
@@ -129,7 +129,7 @@ def benchmark(
     heads = _dense_heads(flash, rows, with_float=reference is not None)
     # Hidden states come from the body with the truth's own embedding.
     replace_module(body, path, _dense_module(flash, mx.array(rows), bits=16))
-    hidden = hidden_states(body, path, windows_of(tokenizer.encode(SAMPLE_TEXT)))
+    hidden = hidden_states(body, path, sample_windows(tokenizer))
     truth = dense_tokens(hidden, rows, flash.get("bias"))
     agreements = {
         _dense_name(bits): dense_tokens(

@@ -49,9 +49,9 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     plot, json = args.pop("plot"), args.pop("json")
 
     def run() -> None:
-        from mlx_flashhead.evaluate import evaluate
-        from mlx_flashhead.files import check_target, written_whole
-        from mlx_flashhead.plot import check_plot, draw_plot
+        from mlx_flashhead.evaluation import evaluate
+        from mlx_flashhead.evaluation.files import check_target, written_whole
+        from mlx_flashhead.evaluation.plot import check_plot, draw_plot
 
         # Before minutes of work whose result could not be kept.
         for path in filter(None, (plot, json)):

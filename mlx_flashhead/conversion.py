@@ -16,12 +16,12 @@ from mlx_lm.utils import quantize_model
 from mlx_flashhead.attach import DenseHead, find_head, replace_module
 from mlx_flashhead.build import Progress, build_head, float_rows
 from mlx_flashhead.config import MODEL_TYPE, Quantization
-from mlx_flashhead.forward import hidden_states, windows_of
+from mlx_flashhead.forward import hidden_states
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.loading import Source, load_source
 from mlx_flashhead.measure import HeadFigures, head_bytes, measure_head
+from mlx_flashhead.positions import sample_windows
 from mlx_flashhead.report import Conversion
-from mlx_flashhead.sample_text import SAMPLE_TEXT
 from mlx_flashhead.saving import save_folder, upload
 from mlx_flashhead.vocabulary import read_vocabulary
 
@@ -209,7 +209,7 @@ def _measure(
     stage = "Measuring on a few hundred positions"
     if progress:
         progress(stage, 0.0)
-    token_ids = windows_of(source.tokenizer.encode(SAMPLE_TEXT))
+    token_ids = sample_windows(source.tokenizer)
     hidden = hidden_states(source.model, dense.path, token_ids)
     rows = float_rows(dense.rows)
     figures = measure_head(head, rows, hidden)

@@ -87,15 +87,6 @@ def exchanged_head(
         yield
 
 
-def windows_of(token_ids: list[int], length: int = 64) -> mx.array:
-    """Cut a text into rows of ``length`` tokens, ``(B, length)``; drop the rest.
-
-    Attention costs the square of the length: 64 tokens are enough to be in context.
-    """
-    count = max(1, len(token_ids) // length)
-    return mx.array(token_ids[: count * length]).reshape(count, -1)
-
-
 @contextmanager
 def exchanged_projections(
     model: nn.Module, wrap: Callable[[str, Project], Project]

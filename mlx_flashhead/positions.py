@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flashhead.forward import Project, exchanged_head, hidden_states
+from mlx_flashhead.sample_text import SAMPLE_TEXT
 
 PROMPT_LENGTH = 16
 CONTINUATION_LENGTH = 32
@@ -72,6 +73,11 @@ def windows(tokenizer: Any, text: str, length: int) -> np.ndarray:
     count = len(token_ids) // length
     body = np.array(token_ids[: count * length], np.int64).reshape(count, length)
     return np.hstack([np.full((count, len(start)), start, np.int64), body])
+
+
+def sample_windows(tokenizer: Any) -> mx.array:
+    """Return the built-in text in windows, ``(W, B + 64)``."""
+    return mx.array(windows(tokenizer, SAMPLE_TEXT, WINDOW_LENGTH))
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:

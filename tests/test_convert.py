@@ -247,8 +247,8 @@ def test_ends_and_special_tokens_are_pinned(source, tmp_path):
     pinned = set(tokens[: result.config.num_pinned].reshape(-1).tolist())
     assert {*tiny.SPECIAL_TOKENS, tiny.EOS_BY_CONFIG} <= pinned
     assert result.config.num_pinned == 3
-    # One cluster in 16 of the 102, besides the pinned ones.
-    assert result.config.num_probes == 3 + 7
+    # One cluster in 8 of the 102, besides the pinned ones.
+    assert result.config.num_probes == 3 + 13
 
 
 def test_dtype_casts_all_floats(source, tmp_path):

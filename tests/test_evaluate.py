@@ -14,8 +14,8 @@ from mlx_lm.generate import generate_step
 
 from mlx_flashhead import convert, load
 from mlx_flashhead.cli import evaluate_main
-from mlx_flashhead.comparison import share_of
-from mlx_flashhead.evaluate import evaluate
+from mlx_flashhead.evaluation import evaluate
+from mlx_flashhead.evaluation.comparison import share_of
 from mlx_flashhead.forward import hidden_states
 from mlx_flashhead.head import FlashHead
 

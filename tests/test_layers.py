@@ -31,29 +31,24 @@ MAY_IMPORT = {
     "saving": {"build", "checkpoint", "loading", "report"},
     "conversion": {
         *("config", "head", "attach", "forward", "vocabulary", "measure", "build"),
-        *("loading", "report", "saving", "sample_text"),
+        *("loading", "report", "saving", "positions"),
     },
     "heads": {"attach", "build", "forward", "head", "loading", "measure"},
     "benchmark": {
         *("packing", "head", "attach", "forward", "measure", "build", "heads"),
-        *("loading", "sample_text"),
+        *("loading", "positions"),
     },
-    "comparison": set(),
-    "positions": {"forward"},
-    "evaluation": {"comparison"},
-    "plot": {"evaluation"},
-    "files": set(),
-    "bench": {"build", "comparison", "evaluation", "head", "heads", "positions"},
-    "evaluate": {
-        *("bench", "build", "config", "evaluation", "head", "heads", "loading"),
-        *("measure", "positions", "sample_text"),
+    "positions": {"forward", "sample_text"},
+    "evaluation": {
+        *("build", "config", "head", "heads", "loading", "measure", "positions"),
+        "sample_text",
     },
-    "cli": {"conversion", "benchmark", "evaluate", "files", "plot"},
+    "cli": {"conversion", "benchmark", "evaluation"},
 }
 HOSTS = {
     "mlx_lm": {"loading", "conversion", "saving", "benchmark", "positions"},
     # Optional: the extra "plot".
-    "matplotlib": {"plot"},
+    "matplotlib": {"evaluation"},
     "huggingface_hub": {"loading", "report", "saving", "cli"},
     "transformers": set(),
 }

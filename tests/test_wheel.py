@@ -72,6 +72,7 @@ def test_wheel_says_what_it_needs_and_offers(wheel):
     commands = wheel.read(scripts).decode()
     assert "mlx_flashhead.convert = mlx_flashhead.cli:convert_main" in commands
     assert "mlx_flashhead.benchmark = mlx_flashhead.cli:benchmark_main" in commands
+    assert "mlx_flashhead.evaluate = mlx_flashhead.cli:evaluate_main" in commands
     assert b"Apache License" in wheel.read(licence)
 
 

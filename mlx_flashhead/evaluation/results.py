@@ -6,7 +6,7 @@ import json
 import statistics
 from dataclasses import asdict, dataclass
 
-from mlx_flashhead.comparison import Comparison, Share
+from mlx_flashhead.evaluation.comparison import Comparison, Share
 
 
 @dataclass(frozen=True)

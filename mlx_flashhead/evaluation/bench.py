@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flashhead.build import Progress
-from mlx_flashhead.comparison import Distributions, Tally, perplexity
-from mlx_flashhead.evaluation import HeadResult, Trial
+from mlx_flashhead.evaluation.comparison import Distributions, Tally, perplexity
+from mlx_flashhead.evaluation.results import HeadResult, Trial
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.heads import Head, after_head, probing_head
 from mlx_flashhead.positions import (

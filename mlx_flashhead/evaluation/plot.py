@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_flashhead.evaluation import Evaluation, HeadResult
+from mlx_flashhead.evaluation.results import Evaluation, HeadResult
 
 _MISSING = (
     "The plot needs matplotlib, which is not installed: "

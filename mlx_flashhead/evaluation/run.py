@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.bench import Bench
 from mlx_flashhead.build import Progress
 from mlx_flashhead.config import FlashHeadConfig
-from mlx_flashhead.evaluation import Evaluation
+from mlx_flashhead.evaluation.bench import Bench
+from mlx_flashhead.evaluation.results import Evaluation
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.heads import (
     Head,
