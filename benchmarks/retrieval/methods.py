@@ -122,6 +122,27 @@ def variant_methods(subject: Subject) -> Iterator[Method]:
         )
 
 
+def tail_methods(subject: Subject) -> Iterator[Method]:
+    """Yield what the tails are measured of: two sketches and clusters of 16."""
+    rows, calibration = subject.rows, reference(subject)
+    for dims in (128, 192):
+        yield (
+            f"sketch d{dims} 2-bit",
+            partial(sketch, rows, calibration, dims=dims, bits=2),
+        )
+    yield (
+        "clusters of 16, 4-bit",
+        partial(
+            sketch,
+            rows,
+            calibration,
+            dims=rows.shape[1],
+            bits=4,
+            clusters=_metric_clusters(subject, calibration, 16),
+        ),
+    )
+
+
 def _product(subject: Subject) -> Coarse:
     """Return what the converter builds, without its pinned clusters."""
     rows = subject.rows

@@ -19,7 +19,6 @@ from pathlib import Path
 import methods
 import numpy as np
 from coarse import quantize
-from metric import sketch
 from recall import SHARES, Result, interval, worst_kind
 from states import SCRIPTS, Subject, load_subject
 from tails import (
@@ -110,8 +109,8 @@ def print_tails(subject: Subject, quick: bool) -> None:
     print("|---" * 8 + "|")
     rounded = quantize(rows, 4)[0]
     _print_tail("dense 4-bit", "V", "none", measure_rounded_head(rows, rounded, test))
-    for dims in (128, 192):
-        coarse = sketch(rows, calibration, dims=dims, bits=2)
+    for head, build in methods.tail_methods(subject):
+        coarse = build()
         spread = half_variance(rows, coarse, calibration)
         for share in (32, 16):
             num_rows = len(rows) // share
@@ -124,7 +123,7 @@ def print_tails(subject: Subject, quick: bool) -> None:
             }
             for name, addition in additions.items():
                 tail = measure_tail(rows, coarse, test, num_rows, addition)
-                _print_tail(f"sketch d{dims} 2-bit", f"V/{share}", name, tail)
+                _print_tail(head, f"V/{share}", name, tail)
 
 
 def _print_tail(head: str, rows_read: str, stand_in: str, tail: Tail) -> None:
