@@ -15,7 +15,7 @@ from mlx_flashhead.build import float_rows
 from mlx_flashhead.forward import Project, exchanged_projections
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.loading import load_source
-from mlx_flashhead.measure import head_bytes
+from mlx_flashhead.measure import head_bytes, probed_parts
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,9 @@ def probing_head(flash: FlashHead, num_probes: int | None = None) -> Head:
         flash = copy.copy(flash)
         flash.config = replace(flash.config, num_probes=num_probes)
     clusters = np.array(flash.token_slots) // flash.config.cluster_size
-    step = flash.config.max_probed_positions
 
     def logits(hidden: mx.array) -> mx.array:
-        parts = [
-            flash.logits(hidden[i : i + step]) for i in range(0, len(hidden), step)
-        ]
+        parts = [flash.logits(part) for part in probed_parts(flash, hidden)]
         return mx.concatenate(parts).astype(mx.float32)
 
     def exact_tokens(hidden: mx.array) -> np.ndarray:

@@ -127,7 +127,7 @@ def dense_tokens(
 
 def head_tokens(head: FlashHead, hidden: mx.array) -> np.ndarray:
     """Return the token with the largest FlashHead logit at each position, ``(N,)``."""
-    parts = _probed_parts(head, hidden)
+    parts = probed_parts(head, hidden)
     tokens = [np.array(mx.argmax(head.logits(part), axis=-1)) for part in parts]
     return np.concatenate(tokens)
 
@@ -146,12 +146,12 @@ def _is_probed(head: FlashHead, hidden: mx.array, token_ids: np.ndarray) -> np.n
     """Return whether each position's token lies in a cluster it probes, ``(N,)``."""
     slots = np.array(head.token_slots)[token_ids]
     clusters = slots // head.config.cluster_size
-    parts = [np.array(head.probed_clusters(p)) for p in _probed_parts(head, hidden)]
+    parts = [np.array(head.probed_clusters(p)) for p in probed_parts(head, hidden)]
     probed = np.concatenate(parts)
     return probed[np.arange(len(clusters)), clusters]
 
 
-def _probed_parts(head: FlashHead, hidden: mx.array) -> list[mx.array]:
+def probed_parts(head: FlashHead, hidden: mx.array) -> list[mx.array]:
     """Cut hidden states ``(N, D)`` into calls that take the probing path."""
     step = head.config.max_probed_positions
     return [hidden[start : start + step] for start in range(0, len(hidden), step)]
