@@ -14,34 +14,43 @@ from mlx_flashhead.kernels._launch import (
 from mlx_flashhead.kernels._precision import exact_operands
 from mlx_flashhead.packing import PackedRows
 
+_INPUTS = ("projected", "weight", "scales", "biases", "bias", "offset")
 
-def centroid_scores(hidden: mx.array, centroids: PackedRows) -> mx.array:
-    """Score K packed centroids against N hidden states.
 
-    Computes ``out[n, k] = <hidden[n], centroid[k]>`` without unpacking the centroids
-    in memory (FlashHead, arXiv:2603.14591, coarse stage).
+def centroid_scores(
+    projected: mx.array, centroids: PackedRows, bias: mx.array, offset: mx.array
+) -> mx.array:
+    """Score K packed centroids against N projected hidden states.
+
+    Computes ``out[n, k] = <projected[n], centroid[k]> + bias[k] + offset[n]`` without
+    unpacking the centroids in memory (FlashHead, arXiv:2603.14591, coarse stage).
 
     Args:
-        hidden: Final hidden states, ``(N, D)``, float16, bfloat16 or float32.
-        centroids: K rows of length D.
+        projected: Hidden states in the centroids' space, ``(N, d)``, float16, bfloat16
+            or float32.
+        centroids: K rows of length d.
+        bias: ``(K,)``, any float; +inf pins a cluster.
+        offset: Logit of the mean row, ``(N,)``, any float.
 
     Returns:
         Centroid logits, ``(N, K)``, float32.
     """
-    use_metal = metal_ready() and has_kernel(hidden, centroids)
+    use_metal = metal_ready() and has_kernel(projected, centroids)
     score = _metal if use_metal else _ops
-    return score(hidden, centroids)
+    return score(projected, centroids, bias, offset)
 
 
-def _metal(hidden: mx.array, centroids: PackedRows) -> mx.array:
+def _metal(
+    projected: mx.array, centroids: PackedRows, bias: mx.array, offset: mx.array
+) -> mx.array:
     """Launch ``metal/centroid_scores.metal``: one threadgroup a tile of centroids."""
-    num_positions, depth = hidden.shape
+    num_positions, depth = projected.shape
     tile = tile_shape(storage_bits(centroids), depth)
     num_tiles = -(-centroids.num_rows // tile.num_rows)
-    kernel = build_kernel("centroid_scores", ("hidden", "weight", "scales", "biases"))
+    kernel = build_kernel("centroid_scores", _INPUTS)
     (scores,) = kernel(
-        inputs=[hidden, *row_inputs(centroids)],
-        template=row_template(hidden, centroids, tile),
+        inputs=[projected, *row_inputs(centroids), bias, offset],
+        template=row_template(projected, centroids, tile),
         grid=(tile.num_threads * num_tiles, 1, 1),
         threadgroup=(tile.num_threads, 1, 1),
         output_shapes=[(num_positions, centroids.num_rows)],
@@ -50,7 +59,10 @@ def _metal(hidden: mx.array, centroids: PackedRows) -> mx.array:
     return scores
 
 
-def _ops(hidden: mx.array, centroids: PackedRows) -> mx.array:
+def _ops(
+    projected: mx.array, centroids: PackedRows, bias: mx.array, offset: mx.array
+) -> mx.array:
     """Twin of the kernel in MLX ops, for any device."""
-    hidden, centroids = exact_operands(hidden, centroids)
-    return centroids.matmul(hidden).astype(mx.float32)
+    projected, centroids = exact_operands(projected, centroids)
+    products = centroids.matmul(projected).astype(mx.float32)
+    return products + bias.astype(mx.float32) + offset.astype(mx.float32)[:, None]

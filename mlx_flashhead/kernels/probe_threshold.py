@@ -2,77 +2,100 @@
 
 import mlx.core as mx
 
+from mlx_flashhead.blocks import (
+    CHUNK_SIZE,
+    block_sizes,
+    num_blocks,
+    probes_per_block,
+)
 from mlx_flashhead.kernels._launch import build_kernel, metal_ready, scalars
 
-# As in the kernel. Each thread has its clusters in registers: with 512 threads a
-# core of an Apple GPU gives each about a hundred, 64 of which are clusters at most.
 _NUM_THREADS = 512
-_MAX_CLUSTERS = 64 * _NUM_THREADS
 
-NOTHING_PASSES = (1 << 63) - 1
+# Smaller and larger than any key.
+_LEAST = -(1 << 63)
+_LARGEST = (1 << 63) - 1
 
 
-def probe_threshold(
-    centroid_logits: mx.array, bias: mx.array, *, num_pinned: int, num_probes: int
-) -> mx.array:
-    """Find the key of the last cluster that is still probed, for each position.
+def probe_threshold(centroid_logits: mx.array, *, num_probes: int) -> mx.array:
+    """Find the key of the last cluster that is still probed, block by block.
 
-    Clusters ``[0, num_pinned)`` are probed in any case; of the others the
-    ``num_probes - num_pinned`` with the largest keys are (see ``cluster_keys``).
+    Of each of the T blocks (see ``blocks``) the ``ceil(num_probes / T)`` clusters with
+    the largest keys are probed, or all of them if it has fewer. A pinned cluster has
+    the score +inf: it passes as long as its block has no more of them than that.
+
+    Args:
+        centroid_logits: ``(N, K)``, float32; K up to ``2**31 - 1``.
+        num_probes: P, in ``[1, K]``.
+
+    Returns:
+        The smallest key that passes in each block, ``(N, T)``, int64.
+    """
+    find = _metal if metal_ready() else _ops
+    return find(centroid_logits, num_probes)
+
+
+def probed(centroid_logits: mx.array, threshold: mx.array) -> mx.array:
+    """Return which clusters are scored exactly, ``(N, K)``, bool.
 
     Args:
         centroid_logits: ``(N, K)``, float32.
-        bias: Added to the logits for choosing only, ``(K,)``, float32.
-        num_pinned: Pinned clusters, in ``[0, K]``.
-        num_probes: Clusters to probe, P, in ``[num_pinned, K]``.
-
-    Returns:
-        The smallest key that passes, ``(N,)``, int64; the largest int64, which no key
-        reaches, if only pinned clusters are probed.
+        threshold: From ``probe_threshold``, ``(N, T)``, int64.
     """
-    if num_probes == num_pinned:
-        return mx.full(centroid_logits.shape[:1], NOTHING_PASSES, mx.int64)
-    use_metal = metal_ready() and bias.size <= _MAX_CLUSTERS
-    find = _metal if use_metal else _ops
-    return find(centroid_logits, bias, num_pinned, num_probes)
+    keys = _deal(_keys(centroid_logits), threshold.shape[-1])
+    passes = keys >= threshold[:, None, :, None]
+    num_positions, num_clusters = centroid_logits.shape
+    return passes.reshape(num_positions, -1)[:, :num_clusters]
 
 
-def cluster_keys(centroid_logits: mx.array, bias: mx.array) -> mx.array:
+def _keys(centroid_logits: mx.array) -> mx.array:
     """Return distinct integers that order clusters by score, ``(N, K)``, int64.
 
-    The upper half orders as the float32 score ``centroid_logits + bias`` does, with
-    -0 equal to 0; the lower half puts the smaller cluster id first, so that no two
-    keys of a position are equal and exactly P clusters pass.
+    The upper half orders as the float32 score does, with -0 equal to 0; of equal scores
+    the smaller cluster id has the larger key, so that no two keys of a position are
+    equal and the number of clusters that pass is known.
     """
-    score = centroid_logits + bias
-    bits = mx.where(score == 0, 0.0, score).view(mx.int32)
-    # Negative floats order backwards as integers: flip all bits but the sign.
-    ordered = mx.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(mx.int64)
-    first_wins = 0xFFFFFFFF - mx.arange(score.shape[-1], dtype=mx.int64)
-    return (ordered << 32) | first_wins
+    bits = centroid_logits.view(mx.int32)
+    # Floats are a sign and a magnitude, integers a two's complement.
+    sign = bits >> 31
+    score = ((bits & 0x7FFFFFFF) ^ sign) - sign
+    return (score.astype(mx.int64) << 32) - mx.arange(bits.shape[-1])
 
 
-def _metal(
-    centroid_logits: mx.array, bias: mx.array, num_pinned: int, num_probes: int
-) -> mx.array:
-    """Launch ``metal/probe_threshold.metal``: one threadgroup a position."""
+def _deal(keys: mx.array, blocks: int) -> mx.array:
+    """Return keys by round, block and place, ``(N, rounds, T, 32)``, filled up."""
+    num_positions, num_clusters = keys.shape
+    missing = -num_clusters % (blocks * CHUNK_SIZE)
+    if missing:
+        filling = mx.full((num_positions, missing), _LEAST, mx.int64)
+        keys = mx.concatenate([keys, filling], axis=-1)
+    return keys.reshape(num_positions, -1, blocks, CHUNK_SIZE)
+
+
+def _metal(centroid_logits: mx.array, num_probes: int) -> mx.array:
+    """Launch ``metal/probe_threshold.metal``: a threadgroup for each block."""
     num_positions, num_clusters = centroid_logits.shape
-    kernel = build_kernel("probe_threshold", ("centroid_logits", "bias", "limits"))
+    blocks = num_blocks(num_clusters)
+    limits = scalars(probes_per_block(num_clusters, num_probes), blocks)
+    largest_block = max(block_sizes(num_clusters))
+    kernel = build_kernel("probe_threshold", ("centroid_logits", "limits"))
     (threshold,) = kernel(
-        inputs=[centroid_logits, bias, scalars(num_pinned, num_probes - num_pinned)],
-        template=[("PerThread", -(-num_clusters // _NUM_THREADS))],
-        grid=(_NUM_THREADS * num_positions, 1, 1),
+        inputs=[centroid_logits, limits],
+        template=[("PerThread", -(-largest_block // _NUM_THREADS))],
+        grid=(_NUM_THREADS * blocks, num_positions, 1),
         threadgroup=(_NUM_THREADS, 1, 1),
-        output_shapes=[(num_positions,)],
+        output_shapes=[(num_positions, blocks)],
         output_dtypes=[mx.int64],
     )
     return threshold
 
 
-def _ops(
-    centroid_logits: mx.array, bias: mx.array, num_pinned: int, num_probes: int
-) -> mx.array:
+def _ops(centroid_logits: mx.array, num_probes: int) -> mx.array:
     """Twin of the kernel in MLX ops, for any device."""
-    keys = cluster_keys(centroid_logits, bias)[:, num_pinned:]
-    last = keys.shape[-1] - (num_probes - num_pinned)
-    return mx.partition(keys, last, axis=-1)[:, last]
+    num_positions, num_clusters = centroid_logits.shape
+    blocks = num_blocks(num_clusters)
+    dealt = _deal(_keys(centroid_logits), blocks)
+    keys = dealt.swapaxes(1, 2).reshape(num_positions, blocks, -1)
+    first = max(keys.shape[-1] - probes_per_block(num_clusters, num_probes), 0)
+    passing = mx.partition(keys, first, axis=-1)[..., first:]
+    return mx.where(passing == _LEAST, _LARGEST, passing).min(axis=-1)

@@ -1,0 +1,50 @@
+"""How clusters are dealt to blocks, each of which chooses its own probes.
+
+A block is what one threadgroup can hold, so step 2 is many small searches whatever the
+vocabulary. Chunks of neighbours go to the blocks in turn: token ids follow frequency,
+and dealt like this no block has more of the frequent ones than another.
+"""
+
+from __future__ import annotations
+
+# 16 scores in the registers of each of 512 threads.
+MAX_BLOCK_SIZE = 8192
+# A chunk of float32 scores is 128 bytes, a line of memory. The kernels know it as well
+# (block_chunk in cluster_keys.h).
+CHUNK_SIZE = 32
+
+
+def num_blocks(num_clusters: int) -> int:
+    """Return T, the blocks that ``num_clusters`` K are dealt to.
+
+    Cluster k is in block ``k // CHUNK_SIZE % T``.
+    """
+    return -(-num_clusters // MAX_BLOCK_SIZE)
+
+
+def block_sizes(num_clusters: int) -> list[int]:
+    """Return how many clusters each block has: T numbers that add up to K."""
+    blocks = num_blocks(num_clusters)
+    chunks = -(-num_clusters // CHUNK_SIZE)
+    sizes = [len(range(b, chunks, blocks)) * CHUNK_SIZE for b in range(blocks)]
+    sizes[(chunks - 1) % blocks] -= chunks * CHUNK_SIZE - num_clusters
+    return sizes
+
+
+def probes_per_block(num_clusters: int, num_probes: int) -> int:
+    """Return how many clusters pass in each block that has as many."""
+    return -(-num_probes // num_blocks(num_clusters))
+
+
+def probed_count(num_clusters: int, num_probes: int) -> int:
+    """Return how many clusters pass at a position.
+
+    P, but for rounding: every block passes the same number, or all it has if it has
+    fewer. Blocks differ by a chunk or two, so of P = K clusters a few may not pass.
+
+    Args:
+        num_clusters: K, at least 1.
+        num_probes: P, in ``[1, K]``.
+    """
+    quota = probes_per_block(num_clusters, num_probes)
+    return sum(min(quota, size) for size in block_sizes(num_clusters))
