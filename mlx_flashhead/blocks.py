@@ -33,14 +33,13 @@ def block_sizes(num_clusters: int) -> list[int]:
 
 def probes_per_block(num_clusters: int, num_probes: int) -> int:
     """Return how many clusters pass in each block that has as many."""
-    return -(-num_probes // num_blocks(num_clusters))
+    return -(-num_probes * max(block_sizes(num_clusters)) // num_clusters)
 
 
 def probed_count(num_clusters: int, num_probes: int) -> int:
-    """Return how many clusters pass at a position.
+    """Return how many clusters pass at a position: P, or a few more.
 
-    P, but for rounding: every block passes the same number, or all it has if it has
-    fewer. Blocks differ by a chunk or two, so of P = K clusters a few may not pass.
+    Every block passes the same number, or all it has if it has fewer; if P = K, all.
 
     Args:
         num_clusters: K, at least 1.
