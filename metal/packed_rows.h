@@ -1,11 +1,11 @@
 // Dot products with packed rows, shared by centroid_scores and cluster_logits.
 //
-// A row is a run of chunks: as many neighbouring values as one thread handles. The
-// rows of a tile lie one after the other in memory, so a tile is one run of chunks too.
-// Thread t of a threadgroup takes chunks t, t + threads, t + 2 * threads, ... of it. As
-// `threads` is a whole number of rows, a thread meets the same column in every row: it
-// holds one piece of the hidden state in registers, and lanes side by side read side by
-// side, whatever the row's length.
+// A row is a run of chunks: as many neighbouring values as one thread handles. A tile is
+// some rows, one after the other in memory or picked from a list. Thread t of a
+// threadgroup takes chunks t, t + threads, t + 2 * threads, ... of it. As `threads` is a
+// whole number of rows, a thread meets the same column in every row: it holds one piece
+// of the hidden state in registers, and lanes side by side read side by side, whatever
+// the row's length.
 //
 //   row . x = sum over groups g of: scale[g] * sum(q * x) + bias[g] * sum(x)
 
@@ -121,33 +121,33 @@ struct RowTile {
   float scales[Passes];
   float biases[Passes];
 
-  // Reads chunks first, first + step, ...; those from `end` on count as zero rows. The
-  // first lane of a group reads its scale and bias for the others.
+  // Reads one chunk; one that is not there counts as zeros. The first lane of a group
+  // reads its scale and bias for the others.
   template <typename S>
   METAL_FUNC void load(
+      int pass,
       const device W* weight,
       S group_scales,
       S group_biases,
-      uint first,
-      uint step,
-      uint end,
-      ushort lane) thread {
-    for (int pass = 0; pass < Passes; ++pass) {
-      const uint chunk = first + pass * step;
-      const bool is_there = chunk < end;
-      for (int i = 0; i < Words; ++i) {
-        words[pass][i] = 0;
-      }
-      if (is_there) {
-        load_words<Words>((const device uint*)weight + chunk * Words, words[pass]);
-      }
-      if constexpr (GroupSize > 0) {
-        const bool is_first = is_there && chunk % ChunksPerGroup == 0;
-        const uint group = chunk / ChunksPerGroup;
-        scales[pass] = is_first ? float(group_scales[group]) : 0.0f;
-        biases[pass] = is_first ? float(group_biases[group]) : 0.0f;
-      }
+      uint chunk,
+      bool is_there) thread {
+    for (int i = 0; i < Words; ++i) {
+      words[pass][i] = 0;
     }
+    if (is_there) {
+      load_words<Words>((const device uint*)weight + chunk * Words, words[pass]);
+    }
+    if constexpr (GroupSize > 0) {
+      const bool is_first = is_there && chunk % ChunksPerGroup == 0;
+      const uint group = chunk / ChunksPerGroup;
+      scales[pass] = is_first ? float(group_scales[group]) : 0.0f;
+      biases[pass] = is_first ? float(group_biases[group]) : 0.0f;
+    }
+  }
+
+  // After all loads, so that none waits for another: hands the scales on. Lanes of a
+  // group are neighbours, and their number divides 32.
+  METAL_FUNC void share_scales(ushort lane) thread {
     if constexpr (GroupSize > 0 && ChunksPerGroup > 1) {
       const ushort source = lane - lane % ChunksPerGroup;
       for (int pass = 0; pass < Passes; ++pass) {
@@ -209,21 +209,19 @@ struct RowTile {
   }
 };
 
-// Puts the sums of a tile's rows with one position's hidden state where row_sum finds
-// them. Every thread of the threadgroup calls it, and a barrier before row_sum.
+// Puts the sums of one pass of a tile, with one position's hidden state, where row_sum
+// finds them. Whole simdgroups call it; a barrier stands before row_sum.
 template <int ChunksPerRow, int RowsPerPass, typename Tile, typename Hidden>
-METAL_FUNC void write_partial_sums(
+METAL_FUNC void write_partial_sum(
     const thread Tile& tile,
     const thread Hidden& hidden,
-    int passes,
+    int pass,
     uint thread_index,
     threadgroup float* partial_sums) {
   constexpr int fold = lanes_to_fold(ChunksPerRow);
-  for (int pass = 0; pass < passes; ++pass) {
-    const float sum = fold_lanes<fold>(tile.dot(pass, hidden));
-    if (thread_index % fold == 0) {
-      partial_sums[(pass * RowsPerPass * ChunksPerRow + thread_index) / fold] = sum;
-    }
+  const float sum = fold_lanes<fold>(tile.dot(pass, hidden));
+  if (thread_index % fold == 0) {
+    partial_sums[(pass * RowsPerPass * ChunksPerRow + thread_index) / fold] = sum;
   }
 }
 

@@ -7,6 +7,8 @@ and dealt like this no block has more of the frequent ones than another.
 
 from __future__ import annotations
 
+from functools import cache
+
 # 16 scores in the registers of each of 512 threads.
 MAX_BLOCK_SIZE = 8192
 # A chunk of float32 scores is 128 bytes, a line of memory. The kernels know it as well
@@ -22,13 +24,14 @@ def num_blocks(num_clusters: int) -> int:
     return -(-num_clusters // MAX_BLOCK_SIZE)
 
 
-def block_sizes(num_clusters: int) -> list[int]:
+@cache
+def block_sizes(num_clusters: int) -> tuple[int, ...]:
     """Return how many clusters each block has: T numbers that add up to K."""
     blocks = num_blocks(num_clusters)
     chunks = -(-num_clusters // CHUNK_SIZE)
     sizes = [len(range(b, chunks, blocks)) * CHUNK_SIZE for b in range(blocks)]
     sizes[(chunks - 1) % blocks] -= chunks * CHUNK_SIZE - num_clusters
-    return sizes
+    return tuple(sizes)
 
 
 def probes_per_block(num_clusters: int, num_probes: int) -> int:

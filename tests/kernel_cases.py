@@ -135,37 +135,60 @@ class Answer:
         )
 
 
-def product(hidden: mx.array, rows: PackedRows) -> Answer:
-    """Return ``hidden @ rows.T`` with a bound that follows from the order of sums.
+def product(hidden: mx.array, rows: PackedRows, *addends: np.ndarray) -> Answer:
+    """Return ``hidden @ rows.T + ...`` with a bound from the order of sums.
 
     A float32 sum of terms t in which no term passes through more than n operations
     is off by at most ``n * eps * sum |t|`` (Higham, Accuracy and Stability of
     Numerical Algorithms, section 4.2). A thread adds at most 32 terms (35 operations
     with the scale and the bias), a simdgroup 5 times, and a row at most one partial
     sum for each chunk of 32 values or, for long rows of floats, each 32 lanes.
+
+    Args:
+        hidden: ``(N, D)``.
+        rows: R rows.
+        addends: Terms besides, of shapes that fit ``(N, R)``.
     """
     values, sizes = unpack_in_numpy(rows)
-    operations = 40 + values.shape[1] // 32
+    operations = 40 + values.shape[1] // 32 + len(addends)
     x = in_float64(hidden)
-    bound = operations * np.finfo(np.float32).eps * (np.abs(x) @ sizes.T)
-    return Answer(x @ values.T, bound)
+    total, size = x @ values.T, np.abs(x) @ sizes.T
+    for term in addends:
+        total, size = total + term, size + np.abs(term)
+    return Answer(total, operations * np.finfo(np.float32).eps * size)
 
 
-def ranking(centroid_logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Return cluster ids by falling float32 score, smaller id first, ``(N, K)``."""
-    score = centroid_logits.astype(np.float32) + bias.astype(np.float32)
-    return np.stack([np.lexsort((np.arange(row.size), -row)) for row in score])
+def blocks_of(num_clusters: int) -> np.ndarray:
+    """Return the block of each cluster, ``(K,)``: chunks of 32 dealt in turn."""
+    return np.arange(num_clusters) // 32 % -(-num_clusters // 8192)
 
 
-def chosen_clusters(
-    centroid_logits: np.ndarray, bias: np.ndarray, num_pinned: int, num_probes: int
-) -> np.ndarray:
+def chosen_by_block(
+    centroid_logits: np.ndarray, num_probes: int
+) -> list[list[np.ndarray]]:
+    """Return the clusters probed at each position in each block, the best first.
+
+    From a sort of float32 scores; of equal ones the smaller id comes first. A block
+    passes as many as the share P / K gives the largest block, rounded up.
+    """
+    num_clusters = centroid_logits.shape[1]
+    block = blocks_of(num_clusters)
+    members = [np.flatnonzero(block == b) for b in range(block.max() + 1)]
+    largest = max(len(ids) for ids in members)
+    quota = -(-num_probes * largest // num_clusters)
+    return [
+        [ids[np.lexsort((ids, -row[ids]))][:quota] for ids in members]
+        for row in centroid_logits.astype(np.float32)
+    ]
+
+
+def chosen_clusters(centroid_logits: np.ndarray, num_probes: int) -> np.ndarray:
     """Return which clusters are probed, ``(N, K)`` bool."""
     chosen = np.zeros(centroid_logits.shape, bool)
-    chosen[:, :num_pinned] = True
-    for row, order in zip(chosen, ranking(centroid_logits, bias), strict=True):
-        others = order[order >= num_pinned]
-        row[others[: num_probes - num_pinned]] = True
+    for row, blocks in zip(
+        chosen, chosen_by_block(centroid_logits, num_probes), strict=True
+    ):
+        row[np.concatenate(blocks)] = True
     return chosen
 
 
@@ -175,30 +198,49 @@ class Clusters:
 
     Attributes:
         rows: ``K * C`` rows; those of padding slots are not zero, as a trap.
-        cluster_tokens: ``(K, C)``, uint32, V for padding.
-        token_slots: ``(V,)``, uint32.
+        cluster_tokens: ``(K, C)``, uint32, V for padding; ``None`` for clusters of one.
+        token_slots: ``(V,)``, uint32; ``None`` for clusters of one.
+        cluster_size: C.
     """
 
     rows: PackedRows
-    cluster_tokens: np.ndarray
-    token_slots: np.ndarray
+    cluster_tokens: np.ndarray | None
+    token_slots: np.ndarray | None
+    cluster_size: int
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        is_mapped = self.token_slots is not None
+        return self.token_slots.size if is_mapped else self.rows.num_rows
+
+    @property
+    def maps(self) -> dict[str, mx.array | None]:
+        """Both maps as arguments of ``cluster_logits``."""
+        maps = {"cluster_tokens": self.cluster_tokens, "token_slots": self.token_slots}
+        return {k: None if v is None else mx.array(v) for k, v in maps.items()}
 
     def token_order(self, by_slot: np.ndarray) -> np.ndarray:
         """Return ``(N, K * C)`` values of slots as ``(N, V)`` values of tokens."""
-        return by_slot[:, self.token_slots]
+        return by_slot if self.token_slots is None else by_slot[:, self.token_slots]
 
 
 def random_clusters(
     num_clusters: int, cluster_size: int, padding: int, depth: int, text: str, seed: int
 ) -> Clusters:
-    """Return clusters whose tokens are shuffled; padding never leads a cluster."""
+    """Return clusters whose tokens are shuffled; padding never leads a cluster.
+
+    Clusters of one row are in the order of tokens, and have no padding.
+    """
     random = np.random.default_rng(seed)
     num_slots = num_clusters * cluster_size
+    rows = random_rows(num_slots, depth, text, seed)
+    if cluster_size == 1:
+        return Clusters(rows, None, None, 1)
     vocab_size = num_slots - padding
     may_be_empty = np.arange(num_slots)[np.arange(num_slots) % cluster_size > 0]
     empty = random.choice(may_be_empty, padding, replace=False)
     tokens = np.full(num_slots, vocab_size, np.uint32)
     tokens[np.setdiff1d(np.arange(num_slots), empty)] = random.permutation(vocab_size)
     slots = np.argsort(tokens, kind="stable")[:vocab_size].astype(np.uint32)
-    rows = random_rows(num_slots, depth, text, seed)
-    return Clusters(rows, tokens.reshape(num_clusters, cluster_size), slots)
+    return Clusters(rows, tokens.reshape(num_clusters, -1), slots, cluster_size)

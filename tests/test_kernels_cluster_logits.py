@@ -29,70 +29,80 @@ from mlx_flashhead.kernels.probe_threshold import probe_threshold
 class Case:
     """One call of step 3 with its answer in float64."""
 
-    def __init__(self, text, dtype, *, N, K, C, D, padding, pinned, probes, seed=0):
+    def __init__(self, text, dtype, *, N, K, C, D, padding, probes, bias=None, seed=0):
         random = np.random.default_rng(seed)
         self.hidden = random_hidden(N, D, FLOATS[dtype], seed + 1)
         self.clusters = random_clusters(K, C, padding, D, text, seed + 2)
         self.centroid_logits = random.normal(size=(N, K)).astype(np.float32)
-        self.bias = random.normal(size=K).astype(np.float32)
-        self.pinned, self.probes = pinned, probes
+        self.head_bias = None
+        if bias is not None:
+            terms = random.normal(size=self.clusters.vocab_size).astype(np.float32)
+            self.head_bias = mx.array(terms).astype(FLOATS[bias])
+        self.probes = probes
 
     def run(self) -> mx.array:
         """Return the logits of the path in force."""
-        logits, bias = mx.array(self.centroid_logits), mx.array(self.bias)
-        counts = {"num_pinned": self.pinned, "num_probes": self.probes}
+        logits = mx.array(self.centroid_logits)
         with twins():
-            threshold = probe_threshold(logits, bias, **counts)
+            threshold = probe_threshold(logits, num_probes=self.probes)
         return step.cluster_logits(
             self.hidden,
             self.clusters.rows,
-            mx.array(self.clusters.cluster_tokens),
-            mx.array(self.clusters.token_slots),
             logits,
-            bias,
             threshold,
-            **counts,
+            num_probes=self.probes,
+            vocab_size=self.clusters.vocab_size,
+            head_bias=self.head_bias,
+            **self.clusters.maps,
         )
 
     def answer(self) -> Answer:
         """Return the logits in float64 with their bound."""
-        cluster_size = self.clusters.cluster_tokens.shape[1]
-        chosen = chosen_clusters(
-            self.centroid_logits, self.bias, self.pinned, self.probes
+        cluster_size, to_tokens = self.clusters.cluster_size, self.clusters.token_order
+        chosen = chosen_clusters(self.centroid_logits, self.probes)
+        chosen, tails = (
+            to_tokens(np.repeat(by_cluster, cluster_size, axis=1))
+            for by_cluster in (chosen, self.centroid_logits)
         )
-        by_slot = np.repeat(chosen, cluster_size, axis=1)
-        tails = np.repeat(self.centroid_logits, cluster_size, axis=1)
-        exact = product(self.hidden, self.clusters.rows)
-        values = np.where(by_slot, exact.values, tails)
-        allowed = np.where(by_slot, exact.allowed, 0)
-        to_tokens = self.clusters.token_order
-        return Answer(to_tokens(values), to_tokens(allowed))
+        rows = self.clusters.rows
+        if self.clusters.token_slots is not None:
+            rows = rows.take(mx.array(self.clusters.token_slots))
+        terms = [] if self.head_bias is None else [in_float64(self.head_bias)]
+        exact = product(self.hidden, rows, *terms)
+        return Answer(
+            np.where(chosen, exact.values, tails), np.where(chosen, exact.allowed, 0)
+        )
 
 
-SHAPE = {"N": 2, "K": 37, "C": 16, "D": 192, "padding": 5, "pinned": 2, "probes": 7}
+SHAPE = {"N": 2, "K": 37, "C": 16, "D": 192, "padding": 5, "probes": 7}
+SINGLE = {"N": 2, "K": 700, "C": 1, "D": 192, "padding": 0, "probes": 31}
 CASES = {
-    "8-bit rows of SmolLM2": ("8/64", "f32", {"D": 576}),
-    "4-bit rows, one position": ("4/64", "f32", {"N": 1, "D": 640}),
-    "bfloat16 throughout": ("8/64 bf16", "bf16", {}),
-    "float16 throughout": ("4/32 f16", "f16", {"D": 96}),
-    "float rows": ("f32", "f32", {"D": 320}),
-    "bfloat16 rows": ("bf16", "bf16", {"D": 1024, "K": 5, "probes": 3}),
-    "float16 rows for bfloat16": ("f16", "bf16", {"D": 64}),
-    "clusters of 8": ("8/32", "f32", {"C": 8, "D": 1056, "padding": 3}),
-    "clusters of 32": ("4/128", "f32", {"C": 32, "D": 896, "K": 5, "probes": 3}),
-    "two groups of positions": ("8/64", "f32", {"N": 20}),
-    "no pinned cluster": ("6/64", "f32", {"pinned": 0}),
-    "only pinned clusters": ("3/64", "f32", {"pinned": 7}),
-    "every cluster": ("5/64", "f32", {"probes": 37}),
-    "one cluster": ("2/64", "f32", {"K": 1, "pinned": 0, "probes": 1}),
-    "long rows": ("8/64", "f32", {"D": 2048, "K": 4, "probes": 2, "pinned": 1}),
+    "8-bit rows of SmolLM2": ("8/64", "f32", {**SINGLE, "D": 576}),
+    "4-bit rows, one position": ("4/64", "f32", {**SINGLE, "N": 1, "D": 640}),
+    "bfloat16 throughout": ("8/64 bf16", "bf16", {**SINGLE, "bias": "bf16"}),
+    "single float rows": ("f32", "f32", {**SINGLE, "D": 320, "bias": "f16"}),
+    "every single row": ("4/32", "f32", {**SINGLE, "probes": 700}),
+    "one single row": ("2/64", "f32", {**SINGLE, "K": 1, "probes": 1}),
+    "two groups of positions": ("8/64", "f32", {**SINGLE, "N": 35, "bias": "f32"}),
+    "two blocks": ("8/32", "f32", {**SINGLE, "K": 8244, "D": 32, "probes": 300}),
+    "clusters of 16": ("8/64", "f32", {**SHAPE, "D": 576, "bias": "f32"}),
+    "float16 throughout": ("4/32 f16", "f16", {**SHAPE, "D": 96}),
+    "float rows": ("f32", "f32", {**SHAPE, "D": 320}),
+    "bfloat16 rows": ("bf16", "bf16", {**SHAPE, "D": 1024, "K": 5, "probes": 3}),
+    "float16 rows for bfloat16": ("f16", "bf16", {**SHAPE, "D": 64}),
+    "clusters of 2": ("8/32", "f32", {**SHAPE, "C": 2, "D": 1056, "K": 150}),
+    "clusters of 7": ("4/128", "f32", {**SHAPE, "C": 7, "D": 896, "padding": 3}),
+    "clusters of 300": ("6/64", "f32", {**SHAPE, "C": 300, "K": 4, "probes": 2}),
+    "every cluster": ("5/64", "f32", {**SHAPE, "probes": 37}),
+    "one cluster": ("3/64", "f32", {**SHAPE, "K": 1, "probes": 1}),
+    "long rows": ("8/64", "f32", {**SHAPE, "D": 2048, "K": 4, "probes": 2}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_and_twin_match_float64(metal, name):  # noqa: F811
-    text, dtype, changes = CASES[name]
-    case = Case(text, dtype, **{**SHAPE, **changes})
+    text, dtype, shape = CASES[name]
+    case = Case(text, dtype, **shape)
     answer = case.answer()
 
     actual = case.run()
@@ -104,8 +114,9 @@ def test_kernel_and_twin_match_float64(metal, name):  # noqa: F811
     answer.assert_matches(twin)
 
 
-def test_kernel_gives_the_same_bits_for_all_orders_of_threads(metal):  # noqa: F811
-    case = Case("8/64 bf16", "bf16", **SHAPE)
+@pytest.mark.parametrize("shape", [SHAPE, {**SINGLE, "N": 5}], ids=["C=16", "C=1"])
+def test_kernel_gives_the_same_bits_for_all_orders_of_threads(metal, shape):  # noqa: F811
+    case = Case("8/64 bf16", "bf16", **shape)
 
     results = set()
     for seed in range(4):
@@ -115,8 +126,9 @@ def test_kernel_gives_the_same_bits_for_all_orders_of_threads(metal):  # noqa: F
     assert len(results) == 1
 
 
-def test_kernel_writes_every_logit():
-    case = Case("8/64", "f32", **{**SHAPE, "N": 3})
+@pytest.mark.parametrize("shape", [SHAPE, SINGLE], ids=["C=16", "C=1"])
+def test_kernel_writes_every_logit_once(shape):
+    case = Case("8/64", "f32", **{**shape, "N": 3})
 
     with harness_kernels():
         case.run()
@@ -124,19 +136,35 @@ def test_kernel_writes_every_logit():
 
     out = report.buffers["out"]
     assert out.bytes_unwritten == 0
-    assert out.bytes_written == 3 * case.clusters.token_slots.size * 4
+    assert out.bytes_written == 3 * case.clusters.vocab_size * 4
 
 
+def test_logits_of_a_position_do_not_depend_on_the_others(metal):  # noqa: F811
+    case = Case("4/64", "f32", **{**SINGLE, "N": 33})
+    together = np.array(case.run())
+
+    for n in (0, 31, 32):
+        alone = Case("4/64", "f32", **{**SINGLE, "N": 33})
+        alone.hidden = case.hidden[n : n + 1]
+        alone.centroid_logits = case.centroid_logits[n : n + 1]
+        np.testing.assert_array_equal(np.array(alone.run())[0], together[n])
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SINGLE], ids=["C=16", "C=1"])
 @pytest.mark.parametrize("text", ["8/64", "f32"])
-def test_infinite_and_huge_hidden_states_stay_in_their_position(metal, text):  # noqa: F811
-    case = Case(text, "f32", **{**SHAPE, "N": 3, "probes": 37})
+def test_infinite_and_huge_hidden_states_stay_in_their_position(
+    metal,  # noqa: F811
+    text,
+    shape,
+):
+    case = Case(text, "f32", **{**shape, "N": 3, "probes": shape["K"]})
     hidden = np.array(case.hidden)
     hidden[0, 7], hidden[1] = np.inf, hidden[1] * 1e35
     case.hidden = mx.array(hidden)
 
     actual = np.array(case.run())
 
-    weight = np.array(case.clusters.rows.dequantize())[case.clusters.token_slots]
+    weight = case.clusters.token_order(np.array(case.clusters.rows.dequantize()).T).T
     clear = np.abs(weight[:, 7]) > 1e-3
     assert np.isinf(actual[0, clear]).all()
     np.testing.assert_array_equal(np.sign(actual[0, clear]), np.sign(weight[clear, 7]))
@@ -145,24 +173,41 @@ def test_infinite_and_huge_hidden_states_stay_in_their_position(metal, text):  #
     assert np.isfinite(actual[1]).all()
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@pytest.mark.parametrize("shape", [SHAPE, SINGLE], ids=["C=16", "C=1"])
+def test_a_position_of_nan_leaves_the_others_alone(metal, shape):  # noqa: F811
+    """Its scores are nan as well: as many clusters pass, whichever they are."""
+    case, sound = (Case("8/64", "f32", **{**shape, "N": 3}) for _ in range(2))
+    sound.hidden, sound.centroid_logits = case.hidden[1:], case.centroid_logits[1:]
+    expected = sound.answer()
+    case.centroid_logits[0] = np.nan
+    case.hidden = mx.concatenate([mx.full((1, shape["D"]), mx.nan), sound.hidden])
+
+    actual = case.run()
+    with twins():
+        twin = case.run()
+
+    for logits in (actual, twin):
+        assert np.isnan(np.array(logits[0])).all()
+        expected.assert_matches(logits[1:])
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_kernel_matches_float64_for_any_shape(data):
     bits = data.draw(st.sampled_from([4, 8]))
     group_size = data.draw(st.sampled_from([32, 64, 128]))
-    num_clusters = data.draw(st.integers(1, 60))
-    pinned = data.draw(st.integers(0, num_clusters))
-    cluster_size = data.draw(st.sampled_from([8, 16, 32]))
+    num_clusters = data.draw(st.integers(1, 300))
+    cluster_size = data.draw(st.sampled_from([1, 1, 3, 8, 16]))
     case = Case(
         f"{bits}/{group_size}",
         "f32",
-        N=data.draw(st.integers(1, 18)),
+        N=data.draw(st.integers(1, 36)),
         K=num_clusters,
         C=cluster_size,
         D=group_size * data.draw(st.integers(1, 6)),
         padding=data.draw(st.integers(0, cluster_size - 1)),
-        pinned=pinned,
-        probes=data.draw(st.integers(max(pinned, 1), num_clusters)),
+        probes=data.draw(st.integers(1, num_clusters)),
+        bias=data.draw(st.sampled_from([None, "f32", "bf16"])),
     )
     answer = case.answer()
 

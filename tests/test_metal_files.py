@@ -47,7 +47,10 @@ def test_comments_name_no_attribute_and_no_shape(source):
 def test_inputs_that_may_be_small_are_not_bound_to_an_address_space(source):
     """Inputs of fewer than 8 elements are in the constant address space."""
     text = source.read_text("utf-8")
-    may_be_small = "scales|biases|bias|threshold|limits|num_pinned|centroid_logits"
+    may_be_small = (
+        "scales|biases|bias|offset|threshold|limits|centroid_logits|cluster_tokens"
+        "|head_bias"
+    )
 
     assert not re.findall(rf"(?:device|constant)[^;\n]*= *(?:{may_be_small})\b", text)
     assert not re.findall(rf"\((?:const )?device[^)]*\)(?:{may_be_small})\b", text)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from kernel_cases import harness_kernels, random_hidden, random_rows
 from metal_on_cpu import front_end, kernels
-from test_kernels_cluster_logits import SHAPE, Case
+from test_kernels_cluster_logits import SHAPE, SINGLE, Case
 
 from mlx_flashhead.kernels.centroid_scores import centroid_scores
 from mlx_flashhead.kernels.probe_threshold import probe_threshold
@@ -14,6 +14,7 @@ from mlx_flashhead.kernels.probe_threshold import probe_threshold
 cindex = pytest.importorskip("clang.cindex", reason="needs the package libclang")
 
 FORMATS = [
+    ("2/64 bf16", "f32"),
     ("4/64 bf16", "bf16"),
     ("8/32 f16", "f16"),
     ("6/64", "f32"),
@@ -54,15 +55,18 @@ def test_centroid_scores_is_well_formed(variants, text, dtype, num_rows):
         {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}[dtype]
     )
 
-    mx.eval(centroid_scores(hidden, random_rows(num_rows, 64, text, 2)))
+    added = mx.zeros((num_rows,), mx.float16), mx.zeros((1,))
+    centroid_scores(hidden, random_rows(num_rows, 64, text, 2), *added)
 
     assert_well_formed(variants, "centroid_scores")
 
 
-@pytest.mark.parametrize("num_clusters", [1, 70])
+@pytest.mark.parametrize("shape", [SHAPE, SINGLE], ids=["C=16", "C=1"])
+@pytest.mark.parametrize("num_clusters", [2, 70])
 @pytest.mark.parametrize(("text", "dtype"), FORMATS)
-def test_cluster_logits_is_well_formed(variants, text, dtype, num_clusters):
-    shape = {**SHAPE, "D": 64, "K": num_clusters, "pinned": 0, "probes": 1}
+def test_cluster_logits_is_well_formed(variants, text, dtype, num_clusters, shape):
+    bias = "bf16" if num_clusters == 70 else None
+    shape = {**shape, "D": 64, "K": num_clusters, "probes": 1, "bias": bias}
 
     Case(text, dtype, **shape).run()
 
@@ -71,9 +75,7 @@ def test_cluster_logits_is_well_formed(variants, text, dtype, num_clusters):
 
 @pytest.mark.parametrize("num_clusters", [1, 7, 700])
 def test_probe_threshold_is_well_formed(variants, num_clusters):
-    logits = mx.zeros((1, num_clusters))
-
-    mx.eval(probe_threshold(logits, logits[0], num_pinned=0, num_probes=1))
+    probe_threshold(mx.zeros((1, num_clusters)), num_probes=1)
 
     assert_well_formed(variants, "probe_threshold")
 

@@ -8,53 +8,51 @@ from __future__ import annotations
 
 import re
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from kernel_cases import (
-    harness_kernels,
-    in_float64,
-    product,
-    random_hidden,
-    random_rows,
-)
+from kernel_cases import harness_kernels, in_float64
 from metal_on_cpu import KernelError
-from test_kernels_cluster_logits import SHAPE, Case
+from test_kernels_centroid_scores import Case as ScoresCase
+from test_kernels_cluster_logits import SHAPE, SINGLE, Case
 from test_kernels_probe_threshold import expected_keys, find
 
 from mlx_flashhead.kernels import _launch
-from mlx_flashhead.kernels.centroid_scores import centroid_scores
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
 def scores_are_right() -> bytes:
     """Run step 1 and return its result's bits."""
-    hidden = random_hidden(3, 576, mx.float32, seed=1)
-    centroids = random_rows(70, 576, "4/64", seed=2)
-    actual = centroid_scores(hidden, centroids)
-    product(hidden, centroids).assert_matches(actual)
+    case = ScoresCase("4/64", "f32", 3, 70, 576)
+    actual = case.run()
+    case.answer().assert_matches(actual)
     return in_float64(actual).tobytes()
 
 
 def threshold_is_right() -> bytes:
     """Run step 2 and return its result's bits."""
-    logits = np.random.default_rng(0).integers(-9, 9, (3, 900)).astype(np.float32)
-    bias = np.full(900, -0.0, np.float32)
-    # The pinned clusters are the best; the last probe falls among signed zeros.
-    logits[:, :3] = 50
-    logits[1, 3:] = np.where(logits[1, 3:] == 8, 5, np.resize([0.0, -0.0], 897))
-    actual = find(logits, bias, 3, 77)
-    assert actual == expected_keys(logits, bias, 3, 77)
+    # Two blocks of 4128 and 4116; the threshold falls among signed zeros in both.
+    logits = np.random.default_rng(0).integers(-9, 9, (3, 8244)).astype(np.float32)
+    logits[1] = np.where(logits[1] == 8, 5, np.resize([0.0, -0.0], 8244))
+    actual = [find(logits, count) for count in (770, 8244)]
+    assert actual == [expected_keys(logits, count) for count in (770, 8244)]
     return str(actual).encode()
 
 
 def logits_are_right() -> bytes:
     """Run step 3 and return its result's bits."""
-    case = Case("4/32", "f32", **{**SHAPE, "D": 96, "N": 3, "probes": 20})
-    actual = case.run()
-    case.answer().assert_matches(actual)
-    return in_float64(actual).tobytes()
+    shapes = [
+        {**SHAPE, "D": 96, "N": 3, "probes": 20, "bias": "f32"},
+        # The last slots of the second threadgroup have no row.
+        {**SINGLE, "N": 3, "K": 300, "probes": 150},
+        {**SINGLE, "N": 1, "K": 8244, "D": 32, "probes": 70},  # two blocks
+    ]
+    results = []
+    for shape in shapes:
+        case = Case("4/32", "f32", **shape)
+        results.append(case.run())
+        case.answer().assert_matches(results[-1])
+    return b"".join(in_float64(result).tobytes() for result in results)
 
 
 CHECKS = {
@@ -65,19 +63,28 @@ CHECKS = {
 
 # File, what is changed, into what; every barrier is taken out besides.
 CHANGES = [
-    ("centroid_scores.metal", "first_row + row < num_rows", "true"),
+    ("centroid_scores.metal", "if (row < num_rows)", "if (true)"),
     ("centroid_scores.metal", "position * D + column", "column"),
-    ("probe_threshold.metal", "cluster >= num_pinned &&", ""),
+    ("centroid_scores.metal", "float(bias[row])", "0.0f"),
+    ("centroid_scores.metal", "offset[position]", "offset[0]"),
+    ("probe_threshold.metal", "place < block_size) {\n    c", "true) {\n    c"),
     ("probe_threshold.metal", "above < rank &&", ""),
-    ("cluster_keys.h", "score == 0.0f ? 0.0f : score", "score"),
-    ("cluster_keys.h", "0xffffffffu - cluster", "cluster"),
-    ("cluster_logits.metal", "if (token < VocabSize)", ""),
-    ("cluster_logits.metal", "if (tokens[j] < VocabSize)", ""),
-    ("cluster_logits.metal", "cluster < num_pinned[0] ||", ""),
-    ("cluster_logits.metal", ">=\n            threshold", ">\n            threshold"),
+    ("probe_threshold.metal", "min(limits[0], block_size)", "limits[0]"),
+    ("cluster_keys.h", "-(bits & 0x7fffffff)", "bits"),
+    ("cluster_keys.h", "- long(cluster)", "+ long(cluster)"),
+    ("cluster_keys.h", "0xffffu - place", "place"),
+    ("cluster_keys.h", "cluster / block_chunk % num_blocks", "0u"),
+    ("cluster_logits.metal", "else if (token < VocabSize)", "else"),
+    ("cluster_logits.metal", "      if (token < VocabSize)", ""),
+    ("cluster_logits.metal", ">=\n        threshold", ">\n        threshold"),
+    ("cluster_logits.metal", "&& slot % C == 0", ""),
+    ("cluster_logits.metal", "row >= num_rows ||", ""),
+    ("cluster_logits.metal", "|| (probed_by[row / C] >> n & 1u) == 0", ""),
+    ("cluster_logits.metal", "simd_or(", "("),
+    ("cluster_logits.metal", "float(head_bias[token])", "float(head_bias[slot])"),
     ("packed_rows.h", "step < Fold", "step < Fold / 2"),
     ("packed_rows.h", "bias * hidden.total", "0.0f"),
-    ("packed_rows.h", "const bool is_there = chunk < end;", "bool is_there = true;"),
+    ("packed_rows.h", "if (is_there) {", "if (true) {"),
 ]
 
 

@@ -25,9 +25,9 @@ _MAX_THREADS = 1024
 # Enough threads to hide the latency of memory, few enough that several threadgroups
 # fit on a core and the last ones do not leave cores idle.
 _TARGET_THREADS = 192
-# Rows that a thread has in registers: one hidden chunk is loaded for as many chunks
-# of weights, and as many loads are in flight. MLX's qmv kernels use 4 as well.
-_MAX_PASSES = 4
+# Words of weights that a thread has in registers, 4 rows at 4 and 8 bits: one hidden
+# chunk is loaded for as many rows, and as many loads are in flight.
+_WORDS_IN_REGISTERS = 16
 
 # MLX passes smaller inputs in the constant address space; weights are read through
 # device pointers.
@@ -120,7 +120,7 @@ def has_kernel(hidden: mx.array, rows: PackedRows) -> bool:
 
 
 @cache
-def tile_shape(bits: int, depth: int, num_rows: int | None = None) -> TileShape:
+def tile_shape(bits: int, depth: int) -> TileShape:
     """Choose the tile for rows of ``depth`` values.
 
     A threadgroup takes whole rows, so that threads keep their columns. The number of
@@ -130,25 +130,17 @@ def tile_shape(bits: int, depth: int, num_rows: int | None = None) -> TileShape:
     Args:
         bits: Width of a stored value.
         depth: Length of a row, D.
-        num_rows: A number that the tile's rows must divide; any number if ``None``.
     """
     chunks = depth // values_per_chunk(bits)
-    candidates = [
-        rows
-        for rows in range(1, _MAX_THREADS // chunks + 1)
-        if num_rows is None or num_rows % rows == 0
-    ]
 
     def order(rows: int) -> tuple[float, int]:
         threads = rows * chunks
         idle = -threads % 32 / (threads + -threads % 32)
         return round(idle, 2), abs(threads - _TARGET_THREADS)
 
-    rows_per_pass = min(candidates, key=order)
-    passes = _MAX_PASSES
-    while num_rows is not None and num_rows // rows_per_pass % passes:
-        passes -= 1
-    return TileShape(chunks, rows_per_pass, passes)
+    rows_per_pass = min(range(1, _MAX_THREADS // chunks + 1), key=order)
+    words_per_chunk = values_per_chunk(bits) * bits // 32
+    return TileShape(chunks, rows_per_pass, _WORDS_IN_REGISTERS // words_per_chunk)
 
 
 def row_template(

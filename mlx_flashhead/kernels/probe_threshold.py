@@ -20,9 +20,9 @@ _LARGEST = (1 << 63) - 1
 def probe_threshold(centroid_logits: mx.array, *, num_probes: int) -> mx.array:
     """Find the key of the last cluster that is still probed, block by block.
 
-    Of each of the T blocks (see ``blocks``) the ``ceil(num_probes / T)`` clusters with
-    the largest keys are probed, or all of them if it has fewer. A pinned cluster has
-    the score +inf: it passes as long as its block has no more of them than that.
+    Of each of the T blocks the ``probes_per_block`` clusters with the largest keys are
+    probed, or all of them if it has fewer (see ``blocks``). A pinned cluster has the
+    score +inf: it passes if its block has no more of them than that.
 
     Args:
         centroid_logits: ``(N, K)``, float32; K up to ``2**31 - 1``.

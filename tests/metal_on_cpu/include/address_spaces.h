@@ -50,6 +50,7 @@ template <typename T>
 T min(T, T);
 bool isfinite(float);
 
+uint simd_or(uint);
 uint simd_prefix_exclusive_sum(uint);
 template <typename T>
 T simd_shuffle(T, ushort);

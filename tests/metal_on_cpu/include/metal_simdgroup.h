@@ -74,6 +74,7 @@ REDUCE(sum, a + b)
 REDUCE(product, a* b)
 REDUCE(max, a < b ? b : a)
 REDUCE(min, b < a ? b : a)
+REDUCE(or, a | b)
 #undef REDUCE
 
 inline bool simd_any(bool value, LINE) { return simd_max(int(value), line); }
