@@ -1,228 +1,113 @@
-"""From a dense head to a FlashHead: cluster, permute, pack."""
+"""From a dense head to a FlashHead: cluster, fit centroids, choose probes, pack."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from mlx_flashhead.attach import DenseHead, find_head, replace_module
-from mlx_flashhead.clustering import cluster_rows, token_prior, weighted_centroids
+from mlx_flashhead.attach import DenseHead
+from mlx_flashhead.calibration import (
+    CalibrationSet,
+    ProbeChoice,
+    choose_probes,
+    judge_probes,
+    tail_level,
+)
+from mlx_flashhead.centroids import StoredCentroids
+from mlx_flashhead.clustering import cluster_rows, token_prior
+from mlx_flashhead.coarse import CoarseStage, Knowledge, known_from
 from mlx_flashhead.config import FlashHeadConfig
 from mlx_flashhead.head import FlashEmbedding, FlashHead
+from mlx_flashhead.options import HeadOptions
 from mlx_flashhead.packing import (
     PackedRows,
     affine,
     cluster_major,
+    dense_bytes,
     pack_rows,
     slots_of_tokens,
 )
-from mlx_flashhead.vocabulary import Vocabulary, read_vocabulary
+from mlx_flashhead.positions import spread
+from mlx_flashhead.vocabulary import Vocabulary
 
-HEAD_BITS = (4, 5, 6, 8, 16)
-CENTROID_BITS = (4, 8, 16)
-
-# One cluster in 8 is read exactly unless the user names a number. On texts of many
-# kinds these hold the dense head's token at 97.4 % of positions for SmolLM2-135M and at
-# 99.5 % for Gemma-3-270M; one in 16 holds it at 95.7 and 98.8 %.
-DEFAULT_PROBE_SHARE = 8
-
-_ROWS_PER_CHUNK = 1 << 14
+# Fewer rows would do for the best token, but leave too much to the tails: with these
+# SmolLM2's full distribution is nearer to the float head's than a dense 4-bit head's.
+_LEAST_SHARE = 32
+# Without calibration nothing tells how many rows are enough.
+_UNCALIBRATED_SHARE = 16
+# Positions that the level of the tails is fitted on.
+_TAIL_POSITIONS = 256
 
 Progress = Callable[[str, float], None]
 
 
-def replace_head(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    cluster_size: int = 16,
-    num_probes: int | None = None,
-    head_bits: int | Literal["source"] = "source",
-    centroid_bits: int = 4,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> nn.Module:
-    """Give a model loaded by mlx-lm a FlashHead, in place and in memory only.
+@dataclass(frozen=True)
+class BuiltHead:
+    """A head, and what its calibration showed.
 
-    Args:
-        model: Any model of mlx-lm whose logits come from one linear or embedding
-            layer, quantized or not.
-        tokenizer: The model's tokenizer; its end-of-sequence and special tokens are
-            always scored exactly.
-        cluster_size: Rows in a cluster, C.
-        num_probes: Clusters scored exactly per position, P; default: the pinned
-            clusters and one in 8 of all.
-        head_bits: Bits of the stored rows, 4, 5, 6, 8 or 16; ``source`` moves the
-            rows as they are, bit for bit.
-        centroid_bits: Bits of the centroids, 4, 8 or 16.
-        seed: Seed of the clustering.
-        progress: Called with what is being done and the share of it done, 0 to 1.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: If the head cannot be found, a setting is out of range, or rows
-            hold NaN or infinity.
+    Attributes:
+        head: The head, its arrays evaluated.
+        choice: Its probes on held-out positions; ``None`` without calibration.
     """
-    dense = find_head(model)
-    head = build_head(
-        dense,
-        read_vocabulary(tokenizer, dense.rows.num_rows),
-        base_model_type=model.model_type,
-        cluster_size=cluster_size,
-        num_probes=num_probes,
-        head_bits=head_bits,
-        centroid_bits=centroid_bits,
-        seed=seed,
-        progress=progress,
-    )
-    replace_module(model, dense.path, head)
-    return model
+
+    head: FlashHead
+    choice: ProbeChoice | None
 
 
 def build_head(
     dense: DenseHead,
+    rows: np.ndarray,
     vocabulary: Vocabulary,
+    calibration: Sequence[CalibrationSet],
+    options: HeadOptions,
     *,
     base_model_type: str,
-    cluster_size: int = 16,
-    num_probes: int | None = None,
-    head_bits: int | Literal["source"] = "source",
-    head_group_size: int = 64,
-    centroid_bits: int = 4,
-    seed: int = 0,
     progress: Progress | None = None,
-) -> FlashHead:
+) -> BuiltHead:
     """Build the FlashHead that stands in for a dense head.
 
     Args:
         dense: The head, as found.
+        rows: Its rows, ``(V, D)``, float32.
         vocabulary: Its tokens' kinds.
+        calibration: Positions of its model; none for a head from the rows alone.
+        options: The user's choices.
         base_model_type: ``model_type`` of its model.
-        cluster_size: As in ``replace_head``.
-        num_probes: As in ``replace_head``.
-        head_bits: As in ``replace_head``.
-        head_group_size: Group size of rows that are quantized here.
-        centroid_bits: As in ``replace_head``.
-        seed: As in ``replace_head``.
-        progress: As in ``replace_head``.
-
-    Returns:
-        The head, its arrays evaluated.
+        progress: Called with what is being done and the share of it done, 0 to 1.
 
     Raises:
-        ValueError: As ``replace_head``.
+        ValueError: If an option is out of range for this head.
     """
-    stored = _stored_rows(dense, head_bits, head_group_size)
-    vocab_size = stored.num_rows
-    if not 1 <= cluster_size <= vocab_size:
-        raise ValueError(
-            f"cluster_size={cluster_size} must be in [1, {vocab_size}], the number of "
-            "the head's rows."
-        )
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be at least 0.")
-    if centroid_bits not in CENTROID_BITS:
-        raise ValueError(
-            f"centroid_bits={centroid_bits} must be one of "
-            f"{', '.join(map(str, CENTROID_BITS))}."
-        )
-    num_clusters = -(-vocab_size // cluster_size)
-    num_pinned = -(-len(vocabulary.pinned) // cluster_size)
-    dtype = _float_dtype(dense, stored)
-    config = FlashHeadConfig(
-        base_model_type=base_model_type,
-        head_path=dense.path,
-        tied=dense.tied,
-        vocab_size=vocab_size,
-        hidden_size=dense.hidden_size,
-        cluster_size=cluster_size,
-        num_probes=_probe_count(num_probes, num_clusters, num_pinned),
-        num_pinned=num_pinned,
-        dtype=str(dtype).removeprefix("mlx.core."),
-        rows=stored.quantization,
-        centroids=affine(centroid_bits, dense.hidden_size),
-        has_bias=dense.bias is not None,
-    )
-    rows = float_rows(stored)
-    prior = token_prior(vocab_size, skip=vocabulary.unlikely)
-    cluster_tokens = cluster_rows(
-        rows,
-        cluster_size=cluster_size,
-        prior=prior,
-        pinned_tokens=vocabulary.pinned,
-        seed=seed,
-        progress=_on_clustering(progress, num_clusters),
-    ).cluster_tokens
-    centroids = mx.array(weighted_centroids(rows, cluster_tokens, prior)).astype(dtype)
-    head = (FlashEmbedding if dense.tied else FlashHead)(
-        config,
-        rows=cluster_major(stored, cluster_tokens),
-        centroids=_packed(centroids, centroid_bits),
-        centroid_bias=_centroid_bias(dense, cluster_tokens, prior),
-        cluster_tokens=mx.array(cluster_tokens),
-        token_slots=mx.array(slots_of_tokens(cluster_tokens, vocab_size)),
-        bias=dense.bias,
-    )
-    mx.eval(head.parameters())
-    return head
+    report = progress or (lambda stage, share: None)
+    stored = _stored_rows(dense, options)
+    id_prior = token_prior(len(rows), skip=vocabulary.unlikely)
+    known = known_from(calibration, id_prior)
+    stage = _coarse_stage(dense, rows, stored, vocabulary, known, options, progress)
+    report("Fitting centroids", 0.0)
+    centroids = stage.centroids(known)
+    report("Fitting centroids", 1 / 3)
+    choice = _choose(stage, centroids, stored, calibration, id_prior, options)
+    num_probes = options.num_probes or _default_probes(stage)
+    if choice is not None:
+        num_probes = choice.num_probes
+        centroids = _with_tails(stage, centroids, num_probes, calibration)
+    report("Fitting centroids", 1.0)
+    config = _config(dense, stored, stage, num_probes, base_model_type, options)
+    return BuiltHead(_assemble(config, stored, stage, centroids, dense.bias), choice)
 
 
-def float_rows(rows: PackedRows) -> np.ndarray:
-    """Return rows as float32 ``(R, D)``, a chunk at a time.
-
-    Raises:
-        ValueError: If any of them holds NaN or infinity; says how many.
-    """
-    floats = np.empty((0, 0), np.float32)
-    for start in range(0, rows.num_rows, _ROWS_PER_CHUNK):
-        part = slice(start, start + _ROWS_PER_CHUNK)
-        chunk = rows.take(part).dequantize().astype(mx.float32)
-        if start == 0:
-            floats = np.empty((rows.num_rows, chunk.shape[1]), np.float32)
-        floats[part] = np.array(chunk)
-    # A row's sum is finite exactly if its entries are, short of overflow at 1e38.
-    bad = int(np.count_nonzero(~np.isfinite(floats.sum(axis=1))))
-    if bad:
-        raise ValueError(
-            f"{bad} of the head's {len(floats)} rows hold NaN or infinity; the model "
-            "is damaged: download it again."
-        )
-    return floats
-
-
-def _stored_rows(
-    dense: DenseHead, head_bits: int | Literal["source"], group_size: int
-) -> PackedRows:
+def _stored_rows(dense: DenseHead, options: HeadOptions) -> PackedRows:
     """Return the rows, ``(V, ...)``, at the precision wanted."""
-    if head_bits == "source":
+    if options.head_bits == "source":
         return dense.rows
-    if head_bits not in HEAD_BITS:
-        raise ValueError(
-            f"head_bits={head_bits!r} must be source or one of "
-            f"{', '.join(map(str, HEAD_BITS))}."
-        )
-    return _packed(dense.rows.dequantize(), head_bits, group_size)
-
-
-def _packed(rows: mx.array, bits: int, group_size: int = 64) -> PackedRows:
-    """Pack float rows; at 16 bits float32 becomes float16."""
-    if bits == 16 and rows.dtype == mx.float32:
+    rows = dense.rows.dequantize()
+    if options.head_bits == 16 and rows.dtype == mx.float32:
         rows = rows.astype(mx.float16)
-    return pack_rows(rows, affine(bits, rows.shape[1], group_size))
-
-
-def _probe_count(num_probes: int | None, num_clusters: int, num_pinned: int) -> int:
-    """Return P: as given, or the pinned clusters and a share of all."""
-    if num_probes is not None:
-        return num_probes
-    share = -(-num_clusters // DEFAULT_PROBE_SHARE)
-    return min(num_pinned + share, num_clusters)
+    packing = affine(options.head_bits, rows.shape[1], options.head_group_size)
+    return pack_rows(rows, packing)
 
 
 def _float_dtype(dense: DenseHead, rows: PackedRows) -> mx.Dtype:
@@ -232,14 +117,156 @@ def _float_dtype(dense: DenseHead, rows: PackedRows) -> mx.Dtype:
     return array.dtype if is_float else dense.dtype
 
 
-def _centroid_bias(
-    dense: DenseHead, cluster_tokens: np.ndarray, prior: np.ndarray
-) -> mx.array:
-    """Return what the head's own bias adds to a cluster's score, ``(K,)``."""
-    if dense.bias is None:
-        return mx.zeros((len(cluster_tokens),), mx.float32)
-    bias = np.array(dense.bias.astype(mx.float32))[:, None]
-    return mx.array(weighted_centroids(bias, cluster_tokens, prior)[:, 0])
+def _coarse_stage(
+    dense: DenseHead,
+    rows: np.ndarray,
+    stored: PackedRows,
+    vocabulary: Vocabulary,
+    known: Knowledge,
+    options: HeadOptions,
+    progress: Progress | None,
+) -> CoarseStage:
+    """Form the clusters, and say how they are scored."""
+    vocab_size, hidden_size = rows.shape
+    if options.cluster_size > vocab_size:
+        raise ValueError(
+            f"cluster_size={options.cluster_size} must be in [1, {vocab_size}], the "
+            "number of the head's rows."
+        )
+    pinned = np.array(sorted(vocabulary.pinned), np.int64)
+    cluster_tokens = None
+    if options.cluster_size > 1:
+        num_clusters = -(-vocab_size // options.cluster_size)
+        clustering = cluster_rows(
+            known.scored_rows(rows),
+            cluster_size=options.cluster_size,
+            prior=known.prior.astype(np.float32),
+            pinned_tokens=vocabulary.pinned,
+            seed=options.seed,
+            progress=_on_clustering(progress, num_clusters),
+        )
+        cluster_tokens = clustering.cluster_tokens
+        pinned = np.arange(clustering.num_pinned)
+    dims = options.centroid_dims(
+        hidden_size, is_calibrated=known.statistics is not None
+    )
+    return CoarseStage(
+        rows=rows,
+        cluster_tokens=cluster_tokens,
+        pinned=pinned,
+        head_bias=None if dense.bias is None else np.array(dense.bias, np.float32),
+        dims=dims,
+        quantization=affine(options.stored_centroid_bits, dims),
+        dtype=_float_dtype(dense, stored),
+        seed=options.seed,
+    )
+
+
+def _default_probes(stage: CoarseStage) -> int:
+    """Return P where neither the user nor calibration names it."""
+    share = -(-stage.num_clusters // _UNCALIBRATED_SHARE)
+    wanted = max(share + len(stage.pinned), stage.least_probes)
+    return min(wanted, stage.num_clusters)
+
+
+def _choose(
+    stage: CoarseStage,
+    centroids: StoredCentroids,
+    stored: PackedRows,
+    calibration: Sequence[CalibrationSet],
+    id_prior: np.ndarray,
+    options: HeadOptions,
+) -> ProbeChoice | None:
+    """Choose P by held-out positions, or judge the one that was asked for."""
+    num_clusters, given = stage.num_clusters, options.num_probes
+    if given is not None and not stage.least_probes <= given <= num_clusters:
+        raise ValueError(
+            f"num_probes={given} must be in [{stage.least_probes}, {num_clusters}]: "
+            "at least the clusters that are always scored, at most all."
+        )
+    if not calibration:
+        return None
+    needed = stage.probes_needed(calibration, id_prior)
+    if given is not None:
+        return judge_probes(needed, given)
+    least = max(-(-num_clusters // _LEAST_SHARE), stage.least_probes)
+    cluster_bytes = stored.nbytes * options.cluster_size / stored.num_rows
+    coarse_bytes = centroids.rows.nbytes + centroids.bias.nbytes // 2
+    to_spend = dense_bytes(stage.rows.shape, stage.dtype) - coarse_bytes
+    most = max(least, min(num_clusters, int(to_spend / cluster_bytes)))
+    return choose_probes(needed, options.target_recall, least=least, most=most)
+
+
+def _with_tails(
+    stage: CoarseStage,
+    centroids: StoredCentroids,
+    num_probes: int,
+    calibration: Sequence[CalibrationSet],
+) -> StoredCentroids:
+    """Raise all scores, which changes tails and no choice."""
+    share = _TAIL_POSITIONS // len(calibration)
+    hidden = np.vstack(
+        [spread(c.hidden, min(share, len(c.hidden))) for c in calibration]
+    )
+    level = tail_level(
+        centroids, stage.token_clusters, num_probes, stage.rows, stage.head_bias, hidden
+    )
+    return replace(centroids, bias=centroids.bias + np.float32(level))
+
+
+def _config(
+    dense: DenseHead,
+    stored: PackedRows,
+    stage: CoarseStage,
+    num_probes: int,
+    base_model_type: str,
+    options: HeadOptions,
+) -> FlashHeadConfig:
+    return FlashHeadConfig(
+        base_model_type=base_model_type,
+        head_path=dense.path,
+        tied=dense.tied,
+        vocab_size=stored.num_rows,
+        hidden_size=dense.hidden_size,
+        cluster_size=options.cluster_size,
+        centroid_dims=stage.dims,
+        num_probes=num_probes,
+        num_pinned=len(stage.pinned),
+        dtype=str(stage.dtype).removeprefix("mlx.core."),
+        rows=stored.quantization,
+        centroids=stage.quantization,
+        has_bias=dense.bias is not None,
+        sampling=options.sampling,
+    )
+
+
+def _assemble(
+    config: FlashHeadConfig,
+    stored: PackedRows,
+    stage: CoarseStage,
+    centroids: StoredCentroids,
+    bias: mx.array | None,
+) -> FlashHead:
+    """Put the arrays in place, and evaluate them."""
+    maps: dict[str, mx.array] = {}
+    if stage.cluster_tokens is not None:
+        token_slots = slots_of_tokens(stage.cluster_tokens, config.vocab_size)
+        stored = cluster_major(stored, stage.cluster_tokens)
+        maps = {
+            "cluster_tokens": mx.array(stage.cluster_tokens),
+            "token_slots": mx.array(token_slots),
+        }
+    head = (FlashEmbedding if config.tied else FlashHead)(
+        config,
+        rows=stored,
+        centroids=centroids.rows,
+        centroid_bias=mx.array(centroids.bias).astype(mx.float16),
+        projection=centroids.projection,
+        bias=bias,
+        **maps,
+    )
+    mx.eval(head.parameters())
+    return head
 
 
 def _on_clustering(

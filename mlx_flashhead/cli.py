@@ -110,12 +110,47 @@ def _convert_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Run code in the source's folder, if its tokenizer or model needs it.",
     )
-    add("--cluster-size", type=int, default=16, help="Rows in a cluster. Default: 16.")
+    add(
+        "--target-recall",
+        type=float,
+        default=0.999,
+        metavar="SHARE",
+        help="Read the fewest rows that hold the source head's token at this share of "
+        "positions, shown with 95 %% confidence on text held out. Default: 0.999.",
+    )
     add(
         "--num-probes",
         type=int,
-        help="Clusters scored exactly per token. Default: one in 8, and the pinned "
-        "ones, which hold end-of-sequence and special tokens.",
+        help="Clusters scored exactly per token, whatever the recall. Default: chosen "
+        "by --target-recall; with --no-calibration one in 16.",
+    )
+    add(
+        "--calibration-text",
+        action="append",
+        default=[],
+        dest="calibration_texts",
+        metavar="FILE",
+        help="UTF-8 text to calibrate on; may be repeated. Default: what the model "
+        "itself writes after built-in prompts in several languages, code and chat.",
+    )
+    add(
+        "--calibration-positions",
+        type=int,
+        default=6144,
+        metavar="N",
+        help="Tokens to calibrate on, at most; time grows with them. Default: 6144.",
+    )
+    add(
+        "--no-calibration",
+        action="store_false",
+        dest="calibrate",
+        help="Build the head from its rows alone: faster to make, more bytes to read.",
+    )
+    add(
+        "--cluster-size",
+        type=int,
+        default=1,
+        help="Rows in a cluster. Default: 1, a centroid for each row.",
     )
     add(
         "--head-bits",
@@ -128,11 +163,24 @@ def _convert_parser() -> argparse.ArgumentParser:
     add(
         "--centroid-bits",
         type=int,
-        default=4,
-        metavar="{4,8,16}",
-        help="Bits of the centroids. Default: 4.",
+        metavar="{2,4,8,16}",
+        help="Bits of the centroids. Default: 2; 4 for clusters of several rows.",
     )
-    add("--seed", type=int, default=0, help="Seed of the clustering. Default: 0.")
+    add(
+        "--sampling",
+        default="deterministic",
+        choices=("deterministic", "stochastic", "corrected"),
+        help="How clusters are chosen when the model decodes: the best; drawn at "
+        "random as in the paper; or drawn and weighted, so that sampled tokens follow "
+        "the dense distribution. Default: deterministic.",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of calibration, of the clustering and of the centroids' rotation. "
+        "Default: 0.",
+    )
     return parser
 
 

@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-FORMAT_VERSION = 1
+from mlx_flashhead.blocks import probed_count
+
+FORMAT_VERSION = 2
 MODEL_TYPE = "flashhead"
+
+SAMPLINGS = ("deterministic", "stochastic", "corrected")
 
 # mx.quantize's own combinations: mode -> (bits, group sizes).
 _QUANTIZATIONS = {
@@ -64,14 +68,19 @@ class FlashHeadConfig:
         tied: Whether that module is the token embedding as well.
         vocab_size: Rows of the dense head, V.
         hidden_size: Length of a row, D.
-        cluster_size: Rows in a cluster, C.
+        cluster_size: Rows in a cluster, C; 1 where each row has a centroid of its own.
+        centroid_dims: Length of a centroid, d.
         num_probes: Clusters scored exactly per position, P, pinned ones included.
-        num_pinned: Clusters that are always scored exactly; they come first.
+        num_pinned: Clusters that are always scored exactly.
         dtype: Float type of unquantized rows and of scales: ``float32``,
             ``float16`` or ``bfloat16``.
         rows: Quantization of the rows, ``None`` if they are stored in ``dtype``.
         centroids: Quantization of the centroids, ``None`` as for ``rows``.
         has_bias: Whether the dense head adds a bias to the logits.
+        sampling: How clusters are chosen: ``deterministic`` takes the best;
+            ``stochastic`` draws them by their probability, as the paper does;
+            ``corrected`` weights what it draws, so that sampled tokens follow the
+            dense distribution.
 
     Raises:
         ValueError: If a value is out of its range or two contradict each other.
@@ -83,21 +92,28 @@ class FlashHeadConfig:
     vocab_size: int
     hidden_size: int
     cluster_size: int
+    centroid_dims: int
     num_probes: int
     num_pinned: int
     dtype: str
     rows: Quantization | None
     centroids: Quantization | None
     has_bias: bool = False
+    sampling: str = "deterministic"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "cluster_size"):
+        for name in ("vocab_size", "hidden_size", "cluster_size", "centroid_dims"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.cluster_size > self.vocab_size:
             raise ValueError(
                 f"cluster_size={self.cluster_size} must be in [1, {self.vocab_size}]: "
                 "a cluster cannot hold more rows than the vocabulary has."
+            )
+        if self.centroid_dims > self.hidden_size:
+            raise ValueError(
+                f"centroid_dims={self.centroid_dims} must be in "
+                f"[1, {self.hidden_size}]: centroids are no longer than rows."
             )
         if not 0 <= self.num_pinned <= self.num_clusters:
             raise ValueError(
@@ -115,11 +131,18 @@ class FlashHeadConfig:
             raise ValueError(
                 f"dtype={self.dtype!r} must be float32, float16 or bfloat16."
             )
-        for name, packing in (("rows", self.rows), ("centroids", self.centroids)):
-            if packing is not None and self.hidden_size % packing.group_size:
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(
+                f"sampling={self.sampling!r} must be one of {', '.join(SAMPLINGS)}."
+            )
+        for name, packing, length in (
+            ("rows", self.rows, self.hidden_size),
+            ("centroids", self.centroids, self.centroid_dims),
+        ):
+            if packing is not None and length % packing.group_size:
                 raise ValueError(
-                    f"{name}: group size {packing.group_size} does not divide the "
-                    f"hidden size {self.hidden_size}."
+                    f"{name}: group size {packing.group_size} does not divide their "
+                    f"length {length}."
                 )
 
     @property
@@ -138,7 +161,12 @@ class FlashHeadConfig:
 
         From there on probing reads at least as many rows as the whole head has.
         """
-        return max(1, self.num_clusters // self.num_probes)
+        return max(1, self.num_clusters // self.num_probed)
+
+    @property
+    def num_probed(self) -> int:
+        """Clusters scored exactly per position: P, rounded up in each block."""
+        return probed_count(self.num_clusters, self.num_probes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the ``"flashhead"`` object of ``config.json``."""
@@ -149,22 +177,22 @@ class FlashHeadConfig:
         """Read the ``"flashhead"`` object of ``config.json``.
 
         Raises:
-            ValueError: If its version is newer than this package, a key is missing
-                or a value is invalid.
+            ValueError: If its version is another than this package's, a key is
+                missing or a value is invalid.
         """
         version = values.get("version")
-        if not isinstance(version, int) or version < 1:
+        if not isinstance(version, int) or version < FORMAT_VERSION:
             raise ValueError(
-                'config.json: the "flashhead" object has no valid "version"; '
-                "convert the model again."
+                f'config.json: the "flashhead" object has "version" {version!r}, not '
+                f"{FORMAT_VERSION}; convert the model again."
             )
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"This model has FlashHead format version {version}; this "
-                f"mlx-flashhead reads up to {FORMAT_VERSION}: "
+                f"mlx-flashhead reads {FORMAT_VERSION}: "
                 "pip install -U mlx-flashhead."
             )
-        required = {field.name for field in fields(cls)} - {"has_bias"}
+        required = {field.name for field in fields(cls)} - {"has_bias", "sampling"}
         if missing := sorted(required - set(values)):
             raise ValueError(
                 f'config.json: the "flashhead" object lacks {", ".join(missing)}; '

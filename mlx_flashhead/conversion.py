@@ -5,25 +5,33 @@ from __future__ import annotations
 import contextlib
 import io
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import quantize_model
 
 from mlx_flashhead.attach import DenseHead, find_head, replace_module
-from mlx_flashhead.build import Progress, build_head, float_rows
+from mlx_flashhead.build import Progress
+from mlx_flashhead.calibration import DEFAULT_POSITIONS
 from mlx_flashhead.config import MODEL_TYPE, Quantization
-from mlx_flashhead.forward import hidden_states
+from mlx_flashhead.evaluation.compare import compare_heads
 from mlx_flashhead.head import FlashHead
+from mlx_flashhead.heads import after_head, dense_4bit_head, float_head, probing_head
 from mlx_flashhead.loading import Source, load_source
-from mlx_flashhead.measure import HeadFigures, head_bytes, measure_head
-from mlx_flashhead.positions import sample_windows
-from mlx_flashhead.report import Conversion
+from mlx_flashhead.measure import head_bytes
+from mlx_flashhead.options import HeadOptions
+from mlx_flashhead.packing import float_rows
+from mlx_flashhead.positions import WINDOW_LENGTH, positions_in, windows
+from mlx_flashhead.replacement import Calibration, calibrated_head
+from mlx_flashhead.report import ComparedHeads, Conversion
+from mlx_flashhead.sample_text import SAMPLE_TEXT
 from mlx_flashhead.saving import save_folder, upload
-from mlx_flashhead.vocabulary import read_vocabulary
 
 # With -q from floats: few rows are read, so precision is cheap, and a 4-bit head
 # misses the float head's token at 15 % of positions (SmolLM2-135M).
@@ -51,10 +59,15 @@ def convert(
     dtype: str | None = None,
     upload_repo: str | None = None,
     trust_remote_code: bool = False,
-    cluster_size: int = 16,
+    cluster_size: int = 1,
     num_probes: int | None = None,
+    target_recall: float = 0.999,
+    calibrate: bool = True,
+    calibration_texts: Sequence[str | Path] = (),
+    calibration_positions: int = DEFAULT_POSITIONS,
     head_bits: int | Literal["source"] | None = None,
-    centroid_bits: int = 4,
+    centroid_bits: int | None = None,
+    sampling: str = "deterministic",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -76,9 +89,14 @@ def convert(
         trust_remote_code: Let code in the source's folder run.
         cluster_size: As in ``replace_head``.
         num_probes: As in ``replace_head``.
+        target_recall: As in ``replace_head``.
+        calibrate: As in ``replace_head``.
+        calibration_texts: As in ``replace_head``.
+        calibration_positions: As in ``replace_head``.
         head_bits: As in ``replace_head``; default: 8 with ``quantize``, else
             ``source``.
         centroid_bits: As in ``replace_head``.
+        sampling: As in ``replace_head``.
         seed: As in ``replace_head``.
         progress: As in ``replace_head``.
 
@@ -94,6 +112,16 @@ def convert(
     started = time.perf_counter()
     target = _target_folder(hf_path, mlx_path)
     body = _body_quantization(q_bits, q_group_size, q_mode)
+    options = HeadOptions(
+        cluster_size=cluster_size,
+        num_probes=num_probes,
+        target_recall=target_recall,
+        head_bits="source" if head_bits is None else head_bits,
+        head_group_size=body.group_size if body.mode == "affine" else 64,
+        centroid_bits=centroid_bits,
+        sampling=sampling,
+        seed=seed,
+    )
     source = load_source(hf_path, trust_remote_code=trust_remote_code)
     if source.config.get("model_type") == MODEL_TYPE:
         raise ValueError(
@@ -104,32 +132,31 @@ def convert(
     if quantize:
         _quantize_body(source, body)
     dense = find_head(source.model)
-    if head_bits is None:
-        is_float = dense.rows.quantization is None
-        head_bits = _DEFAULT_HEAD_BITS if quantize and is_float else "source"
-    head = build_head(
+    if head_bits is None and quantize and dense.rows.quantization is None:
+        options = replace(options, head_bits=_DEFAULT_HEAD_BITS)
+    rows = float_rows(dense.rows)
+    built = calibrated_head(
+        source.model,
+        source.tokenizer,
         dense,
-        read_vocabulary(source.tokenizer, dense.rows.num_rows),
+        rows,
+        options,
+        Calibration(calibrate, calibration_texts, calibration_positions),
         base_model_type=source.config["model_type"],
-        cluster_size=cluster_size,
-        num_probes=num_probes,
-        head_bits=head_bits,
-        head_group_size=body.group_size if body.mode == "affine" else 64,
-        centroid_bits=centroid_bits,
-        seed=seed,
         progress=progress,
     )
-    figures = _measure(source, dense, head, progress)
-    replace_module(source.model, dense.path, head)
+    heads = _compared(source, dense, rows, built.head, progress)
+    replace_module(source.model, dense.path, built.head)
     arrays: Any = tree_flatten(source.model.parameters())
     model_bytes = sum(array.nbytes for _, array in arrays)
-    sizes = head_bytes(head)
+    sizes = head_bytes(built.head)
     result = Conversion(
         source=str(hf_path),
         path=target,
-        config=head.config,
+        config=built.head.config,
         head=sizes,
-        figures=figures,
+        choice=built.choice,
+        heads=heads,
         model_bytes=model_bytes,
         plain_4bit_bytes=model_bytes - sizes.stored + sizes.dense_4bit,
         seconds=time.perf_counter() - started,
@@ -202,17 +229,26 @@ def _quantize_body(source: Source, body: Quantization) -> None:
         )
 
 
-def _measure(
-    source: Source, dense: DenseHead, head: FlashHead, progress: Progress | None
-) -> HeadFigures:
-    """Compare the new head with the source's on the built-in texts."""
+def _compared(
+    source: Source,
+    dense: DenseHead,
+    rows: np.ndarray,
+    flash: FlashHead,
+    progress: Progress | None,
+) -> ComparedHeads:
+    """Set the new head and a dense 4-bit one beside the source's, on built-in text."""
     stage = "Measuring on a few hundred positions"
-    if progress:
-        progress(stage, 0.0)
-    token_ids = sample_windows(source.tokenizer)
-    hidden = hidden_states(source.model, dense.path, token_ids)
-    rows = float_rows(dense.rows)
-    figures = measure_head(head, rows, hidden)
-    if progress:
-        progress(stage, 1.0)
-    return figures
+
+    def on_share(share: float) -> None:
+        if progress:
+            progress(stage, share)
+
+    on_share(0.0)
+    token_ids = windows(source.tokenizer, SAMPLE_TEXT, WINDOW_LENGTH)
+    positions = positions_in(source.model, dense.path, token_ids, 1, lambda _: None)
+    finish = after_head(source.model, dense.path, len(rows))
+    heads = [probing_head(flash), dense_4bit_head(flash, rows)]
+    _, (ours, rival) = compare_heads(
+        float_head(flash, rows), heads, positions, finish, on_share
+    )
+    return ComparedHeads(len(positions.next_tokens), ours, rival)

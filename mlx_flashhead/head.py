@@ -10,8 +10,12 @@ import mlx.nn as nn
 from mlx_flashhead.config import FlashHeadConfig, Quantization
 from mlx_flashhead.kernels.centroid_scores import centroid_scores
 from mlx_flashhead.kernels.cluster_logits import cluster_logits
-from mlx_flashhead.kernels.probe_threshold import cluster_keys, probe_threshold
+from mlx_flashhead.kernels.probe_threshold import probe_threshold, probed
+from mlx_flashhead.kernels.projection import project
 from mlx_flashhead.packing import PackedRows
+
+# Arrays that only clusters of several rows have.
+INDEX_MAPS = ("cluster_tokens", "token_slots")
 
 
 class PackedModule(nn.Module):
@@ -35,15 +39,23 @@ class PackedModule(nn.Module):
 
 
 class Centroids(PackedModule):
-    """K packed centroids and one bias for each, used for choosing only."""
+    """K packed centroids, what is added to their scores, and what they score."""
 
-    def __init__(self, rows: PackedRows, bias: mx.array) -> None:
+    def __init__(self, rows: PackedRows, bias: mx.array, projection: mx.array) -> None:
         super().__init__(rows)
         self.bias = bias
+        self.projection = projection
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Estimate the clusters' logits for hidden states ``(N, D)``: ``(N, K)``."""
+        projected = project(hidden, self.projection)
+        return centroid_scores(
+            projected[:, :-1], self.rows, self.bias, projected[:, -1]
+        )
 
 
 class FlashHead(PackedModule):
-    """A vocabulary head that reads only the clusters it needs.
+    """A vocabulary head that reads only the rows it needs.
 
     Logits of probed clusters equal those of the dense product over the same stored
     rows; every other token gets its cluster's centroid logit, so that each token
@@ -53,12 +65,14 @@ class FlashHead(PackedModule):
 
     Args:
         config: Settings; shapes below are in its terms.
-        rows: ``K * C`` rows in slot order.
-        centroids: K rows.
-        centroid_bias: ``(K,)``, float32.
+        rows: ``K * C`` rows in slot order, which is token order if C is 1.
+        centroids: K rows of length d.
+        centroid_bias: Added to the centroid logits, ``(K,)``; infinity pins a cluster.
+        projection: ``(d + 1, D)``; what turns a hidden state into the d numbers that
+            centroids score, and one more that is added to all their logits.
         cluster_tokens: Token of each slot, ``(K, C)``, uint32; V marks padding, which
-            never stands in a cluster's first slot.
-        token_slots: Its inverse, ``(V,)``, uint32.
+            never stands in a cluster's first slot. ``None`` if C is 1.
+        token_slots: Its inverse, ``(V,)``, uint32, or ``None``.
         bias: The dense head's own bias in token order, ``(V,)``, or ``None``.
     """
 
@@ -69,15 +83,17 @@ class FlashHead(PackedModule):
         rows: PackedRows,
         centroids: PackedRows,
         centroid_bias: mx.array,
-        cluster_tokens: mx.array,
-        token_slots: mx.array,
+        projection: mx.array,
+        cluster_tokens: mx.array | None = None,
+        token_slots: mx.array | None = None,
         bias: mx.array | None = None,
     ) -> None:
         super().__init__(rows)
         self.config = config
-        self.centroids = Centroids(centroids, centroid_bias)
-        self.cluster_tokens = cluster_tokens
-        self.token_slots = token_slots
+        self.centroids = Centroids(centroids, centroid_bias, projection)
+        if cluster_tokens is not None:
+            self.cluster_tokens = cluster_tokens
+            self.token_slots = token_slots
         if bias is not None:
             self.bias = bias
         # Index maps have no gradient, and rows that move would leave their clusters.
@@ -96,33 +112,35 @@ class FlashHead(PackedModule):
         if self.training or not is_probed:
             return self.dense_logits(hidden)
         logits = self._probed_logits(hidden.reshape(num_positions, hidden_size))
-        return self._add_bias(logits).reshape(*leading, self.config.vocab_size)
+        return logits.reshape(*leading, self.config.vocab_size)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:
         """Return the full product ``(..., V)`` over the stored rows: the dense path."""
-        logits = mx.take(self.rows.matmul(hidden), self.token_slots, axis=-1)
-        return self._add_bias(logits)
+        logits = self.rows.matmul(hidden)
+        if (token_slots := self.get("token_slots")) is not None:
+            logits = mx.take(logits, token_slots, axis=-1)
+        return logits + self.bias if "bias" in self else logits
 
-    def probed_clusters(self, hidden: mx.array) -> mx.array:
-        """Return which clusters are scored exactly, ``(N, K)`` bool.
+    def slots(self, token_ids: mx.array) -> mx.array:
+        """Return where the rows of tokens are stored, in the shape of ``token_ids``."""
+        token_slots = self.get("token_slots")
+        return token_ids if token_slots is None else token_slots[token_ids]
+
+    def probed_tokens(self, hidden: mx.array) -> mx.array:
+        """Return which tokens' clusters are scored exactly, ``(N, V)`` bool.
 
         Args:
             hidden: Hidden states, ``(N, D)``.
         """
         centroid_logits, threshold = self._coarse_stage(hidden)
-        keys = cluster_keys(centroid_logits, self.centroids.bias)
-        is_pinned = mx.arange(keys.shape[-1]) < self.config.num_pinned
-        return is_pinned | (keys >= threshold[:, None])
+        is_probed = probed(centroid_logits, threshold)
+        clusters = self.slots(mx.arange(self.config.vocab_size))
+        return mx.take(is_probed, clusters // self.config.cluster_size, axis=-1)
 
     def _coarse_stage(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """Return centroid logits ``(N, K)`` and thresholds ``(N,)``."""
-        centroid_logits = centroid_scores(hidden, self.centroids.rows)
-        threshold = probe_threshold(
-            centroid_logits,
-            self.centroids.bias,
-            num_pinned=self.config.num_pinned,
-            num_probes=self.config.num_probes,
-        )
+        """Return centroid logits ``(N, K)`` and thresholds of the blocks ``(N, T)``."""
+        centroid_logits = self.centroids.logits(hidden)
+        threshold = probe_threshold(centroid_logits, num_probes=self.config.num_probes)
         return centroid_logits, threshold
 
     def _probed_logits(self, hidden: mx.array) -> mx.array:
@@ -131,17 +149,14 @@ class FlashHead(PackedModule):
         return cluster_logits(
             hidden,
             self.rows,
-            self.cluster_tokens,
-            self.token_slots,
             centroid_logits,
-            self.centroids.bias,
             threshold,
-            num_pinned=self.config.num_pinned,
             num_probes=self.config.num_probes,
+            vocab_size=self.config.vocab_size,
+            cluster_tokens=self.get("cluster_tokens"),
+            token_slots=self.get("token_slots"),
+            head_bias=self.get("bias"),
         )
-
-    def _add_bias(self, logits: mx.array) -> mx.array:
-        return logits + self.bias if "bias" in self else logits
 
     def _extra_repr(self) -> str:
         config = self.config
@@ -156,8 +171,7 @@ class FlashEmbedding(FlashHead):
 
     def __call__(self, token_ids: mx.array) -> mx.array:
         """Return the embeddings ``(..., D)`` of token ids ``(...)``."""
-        rows = self.rows.take(self.token_slots[token_ids])
-        return rows.dequantize()
+        return self.rows.take(self.slots(token_ids)).dequantize()
 
     def as_linear(self, hidden: mx.array) -> mx.array:
         """Return logits ``(..., V)`` for hidden states ``(..., D)``."""
@@ -168,27 +182,34 @@ def empty_head(config: FlashHeadConfig) -> FlashHead:
     """Return the head that ``config`` describes, its arrays zero and not allocated."""
     dtype = getattr(mx, config.dtype)
     head_class = FlashEmbedding if config.tied else FlashHead
-    bias = mx.zeros((config.vocab_size,), dtype) if config.has_bias else None
+    num_clusters, depth = config.num_clusters, config.hidden_size
+    maps = {}
+    if config.cluster_size > 1:
+        maps["cluster_tokens"] = mx.zeros(
+            (num_clusters, config.cluster_size), mx.uint32
+        )
+        maps["token_slots"] = mx.zeros((config.vocab_size,), mx.uint32)
     return head_class(
         config,
-        rows=_empty_rows(config.num_slots, config, config.rows),
-        centroids=_empty_rows(config.num_clusters, config, config.centroids),
-        centroid_bias=mx.zeros((config.num_clusters,), mx.float32),
-        cluster_tokens=mx.zeros((config.num_clusters, config.cluster_size), mx.uint32),
-        token_slots=mx.zeros((config.vocab_size,), mx.uint32),
-        bias=bias,
+        rows=_empty_rows(config.num_slots, depth, dtype, config.rows),
+        centroids=_empty_rows(
+            num_clusters, config.centroid_dims, dtype, config.centroids
+        ),
+        centroid_bias=mx.zeros((num_clusters,), mx.float16),
+        projection=mx.zeros((config.centroid_dims + 1, depth), dtype),
+        **maps,
+        bias=mx.zeros((config.vocab_size,), dtype) if config.has_bias else None,
     )
 
 
 def _empty_rows(
-    num_rows: int, config: FlashHeadConfig, quantization: Quantization | None
+    num_rows: int, depth: int, dtype: mx.Dtype, quantization: Quantization | None
 ) -> PackedRows:
     """Return lazy zero rows of the shapes and dtypes that ``mx.quantize`` gives."""
-    dtype = getattr(mx, config.dtype)
     if quantization is None:
-        return PackedRows(mx.zeros((num_rows, config.hidden_size), dtype))
-    words = config.hidden_size * quantization.bits // 32
-    groups = config.hidden_size // quantization.group_size
+        return PackedRows(mx.zeros((num_rows, depth), dtype))
+    words = depth * quantization.bits // 32
+    groups = depth // quantization.group_size
     is_affine = quantization.mode == "affine"
     scales = mx.zeros((num_rows, groups), dtype if is_affine else mx.uint8)
     return PackedRows(

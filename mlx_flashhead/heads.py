@@ -11,11 +11,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flashhead.attach import find_head
-from mlx_flashhead.build import float_rows
 from mlx_flashhead.forward import Project, exchanged_projections
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.loading import load_source
-from mlx_flashhead.measure import head_bytes, probed_parts
+from mlx_flashhead.measure import head_bytes, probed_parts, rounded_rows
+from mlx_flashhead.packing import DENSE_BITS, float_rows
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Head:
 
     Attributes:
         name: What to call it.
+        vocab_size: Its logits, V.
         logits: Hidden states ``(N, D)``, float32, to logits ``(N, V)``, float32.
         bytes_per_token: Bytes it reads for a token.
         exact_tokens: Hidden states to which tokens it scores exactly, ``(N, V)``
@@ -31,6 +32,7 @@ class Head:
     """
 
     name: str
+    vocab_size: int
     logits: Callable[[mx.array], mx.array]
     bytes_per_token: int
     exact_tokens: Callable[[mx.array], np.ndarray] | None = None
@@ -41,17 +43,17 @@ def probing_head(flash: FlashHead, num_probes: int | None = None) -> Head:
     if num_probes is not None:
         flash = copy.copy(flash)
         flash.config = replace(flash.config, num_probes=num_probes)
-    clusters = np.array(flash.token_slots) // flash.config.cluster_size
 
     def logits(hidden: mx.array) -> mx.array:
         parts = [flash.logits(part) for part in probed_parts(flash, hidden)]
         return mx.concatenate(parts).astype(mx.float32)
 
     def exact_tokens(hidden: mx.array) -> np.ndarray:
-        return np.array(flash.probed_clusters(hidden))[:, clusters]
+        return np.array(flash.probed_tokens(hidden))
 
     read = head_bytes(flash).read_per_token
-    return Head("FlashHead", logits, read, exact_tokens)
+    size = flash.config.vocab_size
+    return Head("FlashHead", size, logits, read, exact_tokens)
 
 
 def dense_head(
@@ -69,7 +71,7 @@ def dense_head(
             products = mx.array(np.array(hidden) @ rows.T)
         return products if bias is None else products + bias.astype(mx.float32)
 
-    return Head(name, logits, bytes_per_token)
+    return Head(name, len(rows), logits, bytes_per_token)
 
 
 def stored_head(flash: FlashHead) -> Head:
@@ -79,6 +81,22 @@ def stored_head(flash: FlashHead) -> Head:
     return dense_head(
         "its rows, dense", rows, flash.get("bias"), sizes.stored - sizes.overhead
     )
+
+
+def dense_4bit_head(flash: FlashHead, rows: np.ndarray) -> Head:
+    """Return the head that mlx-lm would make of the rows ``(V, D)``: the rival."""
+    return dense_head(
+        f"dense {DENSE_BITS}-bit",
+        rounded_rows(rows, DENSE_BITS),
+        flash.get("bias"),
+        head_bytes(flash).dense_4bit,
+    )
+
+
+def float_head(flash: FlashHead, rows: np.ndarray) -> Head:
+    """Return the source's head, with rows ``(V, D)``: the truth."""
+    float_bytes = rows.size * getattr(mx, flash.config.dtype).size
+    return dense_head("float", rows, flash.get("bias"), float_bytes)
 
 
 def truth_rows(flash: FlashHead, reference: str | None) -> np.ndarray:
@@ -93,7 +111,8 @@ def truth_rows(flash: FlashHead, reference: str | None) -> np.ndarray:
         ValueError: If its head has another shape.
     """
     if reference is None:
-        return float_rows(flash.rows.take(flash.token_slots))
+        tokens = mx.arange(flash.config.vocab_size)
+        return float_rows(flash.rows.take(flash.slots(tokens)))
     dense = find_head(load_source(reference).model)
     config = flash.config
     if (dense.rows.num_rows, dense.hidden_size) != (

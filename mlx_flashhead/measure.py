@@ -1,4 +1,4 @@
-"""Figures of a head: what it finds, and what it reads and keeps in memory."""
+"""Bytes of a head, and the tokens that heads pick."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashhead.clustering.similarity import largest_products
-from mlx_flashhead.config import FlashHeadConfig
-from mlx_flashhead.head import FlashHead
-from mlx_flashhead.packing import affine, pack_rows
-
-# What mlx-lm quantizes a head to by default: the rival.
-DENSE_BITS = 4
+from mlx_flashhead.head import INDEX_MAPS, FlashHead
+from mlx_flashhead.packing import affine, dense_bytes, pack_rows
 
 _ROWS_PER_CHUNK = 1 << 14
 
@@ -25,9 +21,10 @@ class HeadBytes:
     Attributes:
         stored: All arrays of the FlashHead.
         overhead: Those of them that a dense head of the same bits does not have:
-            centroids, their bias, the two index maps, padding rows.
-        read_per_token: Read for one position: the centroids and their bias, the rows
-            of P clusters, the map from slots to tokens.
+            centroids, their bias and projection, index maps, padding rows.
+        read_per_token: Read for one position: the centroids, their bias and
+            projection, the rows of probed clusters, the map from slots to tokens.
+            Scores on their way between the steps, 12 bytes a cluster, are not counted.
         dense_4bit: The dense head at 4 bits: stored, and read for each token.
     """
 
@@ -39,71 +36,20 @@ class HeadBytes:
 
 def head_bytes(head: FlashHead) -> HeadBytes:
     """Count the bytes of a head, from its arrays."""
-    config = head.config
-    rows, centroids = head.rows, head.centroids.rows
-    slot_bytes = rows.nbytes // config.num_slots
+    config, centroids = head.config, head.centroids
+    slot_bytes = head.rows.nbytes // config.num_slots
     bias = head.bias.nbytes if "bias" in head else 0
-    coarse = centroids.nbytes + head.centroids.bias.nbytes
+    maps = [head[name].nbytes for name in INDEX_MAPS if name in head]
+    coarse = centroids.rows.nbytes + centroids.bias.nbytes + centroids.projection.nbytes
     padding = (config.num_slots - config.vocab_size) * slot_bytes
-    overhead = coarse + head.cluster_tokens.nbytes + head.token_slots.nbytes + padding
-    probed_rows = config.num_probes * config.cluster_size * slot_bytes
+    overhead = coarse + sum(maps) + padding
+    probed = config.num_probed * config.cluster_size * slot_bytes
+    dtype = getattr(mx, config.dtype)
     return HeadBytes(
-        stored=rows.nbytes - padding + overhead + bias,
+        stored=head.rows.nbytes - padding + overhead + bias,
         overhead=overhead,
-        read_per_token=coarse + probed_rows + head.cluster_tokens.nbytes + bias,
-        dense_4bit=_dense_4bit_bytes(config) + bias,
-    )
-
-
-def _dense_4bit_bytes(config: FlashHeadConfig) -> int:
-    """Return the bytes of ``V x D`` weights as mlx-lm quantizes them by default."""
-    packing = affine(DENSE_BITS, config.hidden_size)
-    scale_bytes = getattr(mx, config.dtype).size
-    if packing is None:
-        return config.vocab_size * config.hidden_size * scale_bytes
-    groups = config.hidden_size // packing.group_size
-    row_bytes = config.hidden_size * DENSE_BITS // 8 + groups * 2 * scale_bytes
-    return config.vocab_size * row_bytes
-
-
-@dataclass(frozen=True)
-class HeadFigures:
-    """How often a head finds the token of the dense float head.
-
-    Attributes:
-        num_positions: Positions looked at.
-        recall: Share at which the dense arg max lies in a probed cluster.
-        agreement: Share at which the head's arg max is the dense one.
-        dense_4bit_agreement: The same for the dense head at 4 bits.
-    """
-
-    num_positions: int
-    recall: float
-    agreement: float
-    dense_4bit_agreement: float
-
-
-def measure_head(
-    head: FlashHead, dense_rows: np.ndarray, hidden: mx.array
-) -> HeadFigures:
-    """Compare a head with the dense head it replaces.
-
-    Args:
-        head: The head.
-        dense_rows: The source model's rows, ``(V, D)``, float32.
-        hidden: Hidden states, ``(N, D)``, float32.
-
-    Returns:
-        Shares of the N positions.
-    """
-    bias = head.get("bias")
-    truth = dense_tokens(hidden, dense_rows, bias)
-    rival = dense_tokens(hidden, rounded_rows(dense_rows, DENSE_BITS), bias)
-    return HeadFigures(
-        num_positions=len(truth),
-        recall=float(_is_probed(head, hidden, truth).mean()),
-        agreement=float((head_tokens(head, hidden) == truth).mean()),
-        dense_4bit_agreement=float((rival == truth).mean()),
+        read_per_token=coarse + probed + sum(maps[:1]) + bias,
+        dense_4bit=dense_bytes((config.vocab_size, config.hidden_size), dtype) + bias,
     )
 
 
@@ -140,15 +86,6 @@ def rounded_rows(rows: np.ndarray, bits: int) -> np.ndarray:
         part = slice(start, start + _ROWS_PER_CHUNK)
         rounded[part] = np.array(pack_rows(mx.array(rows[part]), packing).dequantize())
     return rounded
-
-
-def _is_probed(head: FlashHead, hidden: mx.array, token_ids: np.ndarray) -> np.ndarray:
-    """Return whether each position's token lies in a cluster it probes, ``(N,)``."""
-    slots = np.array(head.token_slots)[token_ids]
-    clusters = slots // head.config.cluster_size
-    parts = [np.array(head.probed_clusters(p)) for p in probed_parts(head, hidden)]
-    probed = np.concatenate(parts)
-    return probed[np.arange(len(clusters)), clusters]
 
 
 def probed_parts(head: FlashHead, hidden: mx.array) -> list[mx.array]:

@@ -121,7 +121,7 @@ def continuations(
     model: nn.Module,
     head_path: str,
     logits: Logits,
-    prompts: np.ndarray,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
     num_tokens: int,
     *,
     temperature: float,
@@ -130,12 +130,14 @@ def continuations(
 ) -> np.ndarray:
     """Let a model go on, all prompts at once, past any end of sequence.
 
+    Prompts longer than the shortest are fed their own tokens at first.
+
     Args:
         model: The model.
         head_path: Where its head is.
         logits: The head to use instead: ``(B, 1, D)`` to ``(B, 1, V)``.
-        prompts: ``(B, L)``.
-        num_tokens: Tokens to add, T.
+        prompts: Token ids of B prompts, of L tokens at most.
+        num_tokens: Tokens to add to the longest, T; shorter ones get more.
         temperature: 0 takes the best token.
         seed: Of the sampling.
         on_share: Called with the share done.
@@ -147,17 +149,26 @@ def continuations(
     def wrap(_: Project) -> Project:
         return lambda _, hidden: logits(hidden[:, -1:])
 
-    keys = mx.random.split(mx.random.key(seed), num_tokens)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    own = np.zeros((len(prompts), longest), np.int64)
+    for row, prompt in zip(own, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    num_steps = longest - shortest + num_tokens
+    keys = mx.random.split(mx.random.key(seed), num_steps)
     cache = make_prompt_cache(model)
-    texts = [mx.array(prompts)]
+    texts = [mx.array(own[:, :shortest])]
     with exchanged_head(model, head_path, wrap, keep_weights=True):
-        for step in range(num_tokens):
+        for step in range(num_steps):
             scores = model(texts[-1], cache=cache)[:, -1].astype(mx.float32)
             if temperature:
                 tokens = mx.random.categorical(scores / temperature, key=keys[step])
             else:
                 tokens = mx.argmax(scores, axis=-1)
+            if (column := shortest + step) < longest:
+                given = mx.array(own[:, column])
+                tokens = mx.where(mx.array(column < lengths), given, tokens)
             texts.append(tokens[:, None].astype(texts[0].dtype))
             mx.eval(texts)
-            on_share((step + 1) / num_tokens)
+            on_share((step + 1) / num_steps)
     return np.array(mx.concatenate(texts, axis=1))

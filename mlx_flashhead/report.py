@@ -7,11 +7,44 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from mlx_flashhead.calibration import CONFIDENCE, ProbeChoice
 from mlx_flashhead.config import FlashHeadConfig, Quantization
-from mlx_flashhead.measure import HeadBytes, HeadFigures
+from mlx_flashhead.evaluation.comparison import Comparison
+from mlx_flashhead.measure import HeadBytes
 
 _TAGS = ("mlx", "flashhead")
 _PAPER = "https://arxiv.org/abs/2603.14591"
+
+
+@dataclass(frozen=True)
+class ComparedHeads:
+    """The new head and a dense 4-bit one, beside the source's head in float.
+
+    Attributes:
+        num_positions: Positions of built-in text that they were compared on.
+        flash: Figures of the FlashHead.
+        dense_4bit: Figures of the rival.
+    """
+
+    num_positions: int
+    flash: Comparison
+    dense_4bit: Comparison
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return name, FlashHead's figure and the dense 4-bit head's, as text."""
+        ours, rival = self.flash, self.dense_4bit
+        return [
+            (
+                "agreement with the source's head",
+                f"{ours.agreement.value:.1%}",
+                f"{rival.agreement.value:.1%}",
+            ),
+            (
+                "KL divergence from it, nats",
+                f"{ours.kl_divergence:.4f}",
+                f"{rival.kl_divergence:.4f}",
+            ),
+        ]
 
 
 @dataclass(frozen=True)
@@ -23,7 +56,8 @@ class Conversion:
         path: The new folder.
         config: Settings of the head.
         head: Its bytes.
-        figures: Its accuracy on a few hundred positions of text.
+        choice: Its probes on held-out positions; ``None`` without calibration.
+        heads: Its accuracy on a few hundred positions of text, beside a rival's.
         model_bytes: All weights of the model.
         plain_4bit_bytes: The same with a dense 4-bit head in place of the new one.
         seconds: Time taken.
@@ -33,33 +67,58 @@ class Conversion:
     path: Path
     config: FlashHeadConfig
     head: HeadBytes
-    figures: HeadFigures
+    choice: ProbeChoice | None
+    heads: ComparedHeads
     model_bytes: int
     plain_4bit_bytes: int
     seconds: float
 
     def summary(self) -> str:
         """Return the lines that end a conversion: what there is and what to type."""
-        config, head, figures = self.config, self.head, self.figures
+        config = self.config
         more = _megabytes(self.model_bytes - self.plain_4bit_bytes)
-        return f"""\
-Wrote {self.path} in {self.seconds:.0f} s.
-  clusters    {config.num_clusters} of {config.cluster_size} rows, \
-{config.num_pinned} of them pinned
-  probes      {config.num_probes} clusters per token \
-({config.num_probes / config.num_clusters:.1%} of the rows)
-  bits        rows {_bits(config.rows, config.dtype)}; \
-centroids {_bits(config.centroids, config.dtype)}
-  memory      {_megabytes(self.model_bytes)} MB, {more} MB more than with a dense \
-4-bit head
-  head reads  {_megabytes(head.read_per_token)} MB per token; a dense 4-bit head \
-{_megabytes(head.dense_4bit)} MB
-  recall      {figures.recall:.1%}: the dense head's token lies in a probed cluster \
-({figures.num_positions} positions)
-  agreement   {figures.agreement:.1%} with the source's head; a dense 4-bit head \
-{figures.dense_4bit_agreement:.1%}
-Try it:
-  mlx_lm.generate --model {self.path} --prompt "Hello\""""
+        lines = [
+            f"Wrote {self.path} in {self.seconds:.0f} s.",
+            f"  centroids   {_centroids(config)}",
+            f"  rows        {_bits(config.rows, config.dtype)}",
+            f"  probes      {_probes(config)}",
+            f"  memory      {_megabytes(self.model_bytes)} MB, {more} MB more than "
+            "with a dense 4-bit head",
+            *(f"  {line}" for line in self._recall_lines()),
+            f"  {'':<34}{'FlashHead':>10}{'dense 4-bit':>13}",
+            *(f"  {a:<34}{b:>10}{c:>13}" for a, b, c in self.table()),
+            "Try it:",
+            f'  mlx_lm.generate --model {self.path} --prompt "Hello"',
+        ]
+        return "\n".join(lines)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return name, FlashHead's figure and the dense 4-bit head's, as text."""
+        read = self.head.read_per_token, self.head.dense_4bit
+        ours, rival = (_megabytes(size) for size in read)
+        return [*self.heads.rows(), ("MB of head read per token", ours, rival)]
+
+    def recall(self) -> str:
+        """Return what is known of the recall, in a sentence without a full stop."""
+        if self.choice is None:
+            return "recall not measured: converted without calibration"
+        return (
+            f"recall {self.choice.recall:.2%} on {self.choice.num_positions} positions "
+            f"held out; at least {self.choice.least_recall:.2%} with "
+            f"{CONFIDENCE:.0%} confidence"
+        )
+
+    def _recall_lines(self) -> list[str]:
+        choice = self.choice
+        lines = [self.recall()]
+        if choice is not None and choice.target is not None and not choice.is_reached:
+            remedy = (
+                "more --calibration-positions may show it"
+                if choice.recall >= choice.target
+                else "more probes would read more than a dense 4-bit head"
+            )
+            lines.append(f"the target of {choice.target:.2%} is not shown: {remedy}")
+        return lines
 
 
 def model_card(result: Conversion, source_folder: Path) -> ModelCard:
@@ -80,8 +139,17 @@ def model_card(result: Conversion, source_folder: Path) -> ModelCard:
 
 
 def _card_text(result: Conversion) -> str:
-    config, head, figures = result.config, result.head, result.figures
+    config, head = result.config, result.head
     name = result.path.name
+    table = [
+        *result.table(),
+        (
+            "MB of all weights",
+            _megabytes(result.model_bytes),
+            _megabytes(result.plain_4bit_bytes),
+        ),
+    ]
+    figures = "\n".join(f"| {' | '.join(row)} |" for row in table)
     return f"""
 # {name}
 
@@ -101,30 +169,40 @@ Every command and function of mlx-lm works as with any other model.
 
 ## Measured at conversion
 
-On {figures.num_positions} positions of built-in text of several kinds:
+On {result.heads.num_positions} positions of built-in text of several kinds, against the
+source's head in float:
 
 | | FlashHead | dense 4-bit head |
 |---|---|---|
-| agreement with the source's head | {figures.agreement:.1%} | \
-{figures.dense_4bit_agreement:.1%} |
-| MB of head read per token | {_megabytes(head.read_per_token)} | \
-{_megabytes(head.dense_4bit)} |
-| MB of all weights | {_megabytes(result.model_bytes)} | \
-{_megabytes(result.plain_4bit_bytes)} |
+{figures}
 
-The dense head's token lies in a probed cluster at {figures.recall:.1%} of them.
+Recall is the share of positions at which the rows read hold the token that the source's
+head ranks first: {result.recall()}.
 
 ## Parameters
 
 | | |
 |---|---|
 | base architecture | {config.base_model_type} |
-| clusters | {config.num_clusters} of {config.cluster_size} rows |
-| always scored | {config.num_pinned} clusters |
-| scored per token | {config.num_probes} clusters |
+| centroids | {_centroids(config)} |
 | rows | {_bits(config.rows, config.dtype)} |
-| centroids | {_bits(config.centroids, config.dtype)} |
+| read per token | {_probes(config)} |
+| always read | {config.num_pinned * config.cluster_size} rows |
+| sampling | {config.sampling} |
 """
+
+
+def _centroids(config: FlashHeadConfig) -> str:
+    of_rows = f" for {config.cluster_size} rows each" if config.cluster_size > 1 else ""
+    return (
+        f"{config.num_clusters}{of_rows}, {config.centroid_dims} dimensions, "
+        f"{_bits(config.centroids, config.dtype)}"
+    )
+
+
+def _probes(config: FlashHeadConfig) -> str:
+    rows = config.num_probed * config.cluster_size
+    return f"{rows} rows per token ({rows / config.num_slots:.1%})"
 
 
 def _link(source: str) -> str:

@@ -9,7 +9,7 @@ _ROWS_PER_CHUNK = 4096
 
 # Equal weights (0) lose frequent tokens among their cluster's other rows, the full
 # expected frequency (1) loses the others.
-_PRIOR_EXPONENT = 0.5
+_PRIOR_EXPONENT = 0.75
 
 
 def weighted_sums(
@@ -37,28 +37,14 @@ def weighted_sums(
     return sums
 
 
-def weighted_centroids(
-    rows: np.ndarray, cluster_tokens: np.ndarray, prior: np.ndarray | None
-) -> np.ndarray:
-    """Return each cluster's mean row, weighted by ``prior ** 0.5``.
-
-    Args:
-        rows: The head's rows as they are stored (dequantized), ``(V, D)``, float32.
-        cluster_tokens: Token ids, ``(K, C)``; V marks padding, which has weight 0.
-        prior: Expected frequency of each token, ``(V,)``, positive; None for equal
-            weights.
-
-    Returns:
-        Centroids, ``(K, D)``, float32.
+def prior_weights(prior: np.ndarray) -> np.ndarray:
+    """Return ``prior ** 0.75``, ``(V,)``, float32, summing to 1.
 
     Raises:
-        ValueError: If ``prior`` has another shape or a weight that is not positive.
+        ValueError: If a weight is not positive.
     """
-    if prior is None:
-        weights = np.ones(len(rows), dtype=np.float32)
-    else:
-        check_prior(prior, len(rows))
-        # Scaled so that the smallest prior cannot underflow in the sums.
-        weights = ((prior / prior.max()) ** _PRIOR_EXPONENT).astype(np.float32)
-    totals = np.append(weights, np.float32(0))[cluster_tokens].sum(axis=1)
-    return weighted_sums(rows, cluster_tokens, weights) / totals[:, None]
+    check_prior(prior, len(prior))
+    # Scaled so that the smallest prior cannot underflow.
+    weights = (prior / prior.max()) ** _PRIOR_EXPONENT
+    weights /= weights.sum()
+    return np.maximum(weights, np.finfo(np.float32).tiny).astype(np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,7 +10,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flashhead.build import Progress
-from mlx_flashhead.evaluation.comparison import Distributions, Tally, perplexity
+from mlx_flashhead.evaluation.compare import (
+    compare_heads,
+    finished_logits,
+    parts_of,
+)
 from mlx_flashhead.evaluation.results import HeadResult, Trial
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.heads import Head, after_head, probing_head
@@ -20,9 +24,6 @@ from mlx_flashhead.positions import (
     continuations,
     positions_in,
 )
-
-# Logits held at a time, 16 MiB a head.
-_VALUES_PER_CHUNK = 1 << 22
 
 
 class Bench:
@@ -101,23 +102,12 @@ class Bench:
         on_share: Callable[[float], None],
     ) -> tuple[float, list[HeadResult]]:
         """Return the truth's perplexity and each head's figures."""
-        tallies = [Tally() for _ in heads]
-        losses = []
-        for part, share in self._parts(len(positions.next_tokens)):
-            hidden, next_tokens = positions.hidden[part], positions.next_tokens[part]
-            right = self._distributions(truth, hidden)
-            losses.append(right.losses(next_tokens))
-            for head, tally in zip(heads, tallies, strict=True):
-                is_exact = head.exact_tokens and head.exact_tokens(hidden)
-                tally.add(
-                    right, self._distributions(head, hidden), next_tokens, is_exact
-                )
-            on_share(share)
+        loss, found = compare_heads(truth, heads, positions, self._finish, on_share)
         results = [
-            HeadResult(head.name, head.bytes_per_token, tally.result())
-            for head, tally in zip(heads, tallies, strict=True)
+            HeadResult(head.name, head.bytes_per_token, figures)
+            for head, figures in zip(heads, found, strict=True)
         ]
-        return perplexity(np.concatenate(losses)), results
+        return loss, results
 
     def _first_differences(
         self, truth: Head, heads: Sequence[Head], prompts: np.ndarray
@@ -143,22 +133,10 @@ class Bench:
     def _tokens(self, head: Head, hidden: mx.array) -> np.ndarray:
         """Return the best token at each position, ``(N,)``."""
         tokens = [
-            self._logits(head, hidden[part]).argmax(axis=1)
-            for part, _ in self._parts(len(hidden))
+            finished_logits(head, hidden[part], self._finish).argmax(axis=1)
+            for part, _ in parts_of(len(hidden), head.vocab_size)
         ]
         return np.concatenate(tokens)
-
-    def _distributions(self, head: Head, hidden: mx.array) -> Distributions:
-        return Distributions(self._logits(head, hidden))
-
-    def _logits(self, head: Head, hidden: mx.array) -> np.ndarray:
-        return np.array(self._finish(head.logits(hidden)).astype(mx.float32))
-
-    def _parts(self, count: int) -> Iterator[tuple[slice, float]]:
-        """Cut positions into slices; give the share done after each as well."""
-        step = max(1, _VALUES_PER_CHUNK // self.flash.config.vocab_size)
-        for start in range(0, count, step):
-            yield slice(start, start + step), min(1.0, (start + step) / count)
 
     def _stage(self, name: str) -> Callable[[float], None]:
         """Begin a stage; return what reports the share of it that is done."""

@@ -16,13 +16,13 @@ from mlx_flashhead.evaluation.results import Evaluation
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.heads import (
     Head,
-    dense_head,
+    dense_4bit_head,
+    float_head,
     probing_head,
     stored_head,
     truth_rows,
 )
 from mlx_flashhead.loading import load
-from mlx_flashhead.measure import DENSE_BITS, head_bytes, rounded_rows
 from mlx_flashhead.positions import (
     CONTINUATION_LENGTH,
     PROMPT_LENGTH,
@@ -116,23 +116,11 @@ def evaluate(
 
 def _heads(flash: FlashHead, reference: str | None) -> list[Head]:
     """Return the truth, then what is compared with it, the FlashHead first."""
-    rows, bias, sizes = (
-        truth_rows(flash, reference),
-        flash.get("bias"),
-        head_bytes(flash),
-    )
-    stored = stored_head(flash)
-    four_bit = dense_head(
-        f"dense {DENSE_BITS}-bit",
-        rounded_rows(rows, DENSE_BITS),
-        bias,
-        sizes.dense_4bit,
-    )
+    rows, stored = truth_rows(flash, reference), stored_head(flash)
+    four_bit = dense_4bit_head(flash, rows)
     if reference is None:
         return [stored, probing_head(flash), four_bit]
-    float_bytes = rows.size * getattr(mx, flash.config.dtype).size
-    truth = dense_head("float", rows, bias, float_bytes)
-    return [truth, probing_head(flash), stored, four_bit]
+    return [float_head(flash, rows), probing_head(flash), stored, four_bit]
 
 
 def _text_windows(

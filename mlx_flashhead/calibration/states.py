@@ -1,0 +1,270 @@
+"""Hidden states of a model, sampled from what it writes itself or from given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_flashhead.attach import DenseHead
+from mlx_flashhead.calibration.prompts import PROMPTS
+from mlx_flashhead.positions import (
+    WINDOW_LENGTH,
+    continuations,
+    positions_in,
+    read_texts,
+    spread,
+    windows,
+)
+from mlx_flashhead.statistics import HiddenStatistics, hidden_statistics
+from mlx_flashhead.vocabulary import Vocabulary
+
+# Positions, of which half begin with a prompt or a text and half with a random token:
+# the first show what the model is used for, the second what else it can write.
+DEFAULT_POSITIONS = 6144
+LEAST_POSITIONS = 256
+_TOKENS_PER_PROMPT = 48
+_TOKENS_PER_RANDOM_START = 16
+
+_VALUES_PER_CHUNK = 1 << 23
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Positions of one sort, in two folds that have no text in common.
+
+    Attributes:
+        hidden: ``(N, D)``, float32.
+        best_tokens: Arg max of the dense head, ``(N,)``.
+        fold: 0 or 1, ``(N,)``; both occur.
+        token_probabilities: Mean softmax of each fold, ``(2, V)``, float64.
+    """
+
+    hidden: np.ndarray
+    best_tokens: np.ndarray
+    fold: np.ndarray
+    token_probabilities: np.ndarray
+
+    def statistics(self, fold: int | None = None) -> HiddenStatistics:
+        """Return the statistics of one fold, or of all positions."""
+        if fold is not None:
+            is_in = self.fold == fold
+            return hidden_statistics(self.hidden[is_in], self.token_probabilities[fold])
+        share = np.bincount(self.fold) / len(self.fold)
+        return hidden_statistics(self.hidden, share @ self.token_probabilities)
+
+
+def sample_states(
+    model: nn.Module,
+    tokenizer: Any,
+    dense: DenseHead,
+    rows: np.ndarray,
+    vocabulary: Vocabulary,
+    *,
+    texts: Sequence[str | Path] = (),
+    num_positions: int = DEFAULT_POSITIONS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[CalibrationSet]:
+    """Collect hidden states of a model: of prompts or texts, and of random starts.
+
+    Args:
+        model: The model, its dense head in place.
+        tokenizer: Its tokenizer.
+        dense: Its head.
+        rows: The head's rows, ``(V, D)``, float32.
+        vocabulary: Its tokens' kinds; a random start is a likely one.
+        texts: UTF-8 files to read positions from in place of what the model writes
+            after the built-in prompts.
+        num_positions: Positions, at most.
+        seed: Of the sampling.
+        progress: Called with what is being done and the share of it done, 0 to 1.
+
+    Raises:
+        FileNotFoundError: If a text is not there.
+        ValueError: If texts are no UTF-8 or too short, or ``num_positions`` too few.
+    """
+    if num_positions < LEAST_POSITIONS:
+        raise ValueError(
+            f"calibration_positions={num_positions} must be at least {LEAST_POSITIONS}."
+        )
+    writer = _Writer(model, tokenizer, dense, rows, seed, progress)
+    half = num_positions // 2
+    count = max(4, half // _TOKENS_PER_RANDOM_START)
+    starts = _random_starts(tokenizer, vocabulary, len(rows), count, seed)
+    if texts:
+        first = writer.read(read_texts(texts), half)
+    else:
+        first = writer.write(*_prompts(tokenizer, half), _TOKENS_PER_PROMPT, "prompts")
+    return [
+        first,
+        writer.write(
+            starts, np.arange(count) % 2, _TOKENS_PER_RANDOM_START, "random tokens"
+        ),
+    ]
+
+
+class _Writer:
+    """A model that writes on, and what its head makes of the hidden states."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        dense: DenseHead,
+        rows: np.ndarray,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self._model, self._tokenizer, self._path = model, tokenizer, dense.path
+        self._product = _Product(rows, dense.bias)
+        self._seed, self._progress = seed, progress
+
+    def write(
+        self, texts: list[list[int]], fold: np.ndarray, num_tokens: int, name: str
+    ) -> CalibrationSet:
+        """Sample continuations, to the end of sequence, and keep their positions."""
+        states: list[mx.array] = []
+
+        def logits(hidden: mx.array) -> mx.array:
+            states.append(hidden[:, 0].astype(mx.float32))
+            return self._product(states[-1])[:, None]
+
+        stage = f"Calibrating: continuing {len(texts)} {name}"
+        written = continuations(
+            self._model,
+            self._path,
+            logits,
+            texts,
+            num_tokens,
+            temperature=1.0,
+            seed=self._seed,
+            on_share=self._on_share(stage),
+        )
+        lengths = np.array([len(text) for text in texts])
+        is_kept = _before_the_end(
+            written, lengths, num_tokens, set(self._tokenizer.eos_token_ids)
+        )[:, lengths.min() :]
+        hidden = np.array(mx.stack(states, axis=1))
+        owner = np.broadcast_to(fold[:, None], is_kept.shape)
+        return self._collected(hidden[is_kept], owner[is_kept], name)
+
+    def read(self, texts: list[str], num_positions: int) -> CalibrationSet:
+        """Run over texts, and keep the positions of windows spread over them."""
+        cut = [windows(self._tokenizer, text, WINDOW_LENGTH) for text in texts]
+        cuts = np.vstack([w for w in cut if len(w)] or [np.empty((0, 1), np.int64)])
+        if len(cuts) < 2:
+            raise ValueError(
+                f"The calibration text has fewer than {2 * WINDOW_LENGTH} tokens; give "
+                "more text, or leave out --calibration-text to use built-in prompts."
+            )
+        cuts = spread(cuts, min(len(cuts), max(2, num_positions // WINDOW_LENGTH)))
+        found = positions_in(
+            self._model,
+            self._path,
+            cuts,
+            1,
+            self._on_share("Calibrating: reading texts"),
+        )
+        # Halves, not every other window: neighbours tell about each other.
+        fold = (np.arange(len(cuts)) >= len(cuts) // 2).astype(np.int64)
+        return self._collected(
+            np.array(found.hidden), fold.repeat(cuts.shape[1] - 1), "texts"
+        )
+
+    def _collected(
+        self, hidden: np.ndarray, fold: np.ndarray, name: str
+    ) -> CalibrationSet:
+        """Add what the dense head answers."""
+        on_share = self._on_share(f"Calibrating: the dense head's answers to {name}")
+        sums = 0.0
+        best = np.empty(len(hidden), np.int64)
+        of_fold = np.eye(2, dtype=np.float32)[fold]
+        step = max(1, _VALUES_PER_CHUNK // self._product.vocab_size)
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
+            logits = np.array(self._product(mx.array(hidden[part])))
+            best[part] = logits.argmax(axis=1)
+            logits -= logits.max(axis=1, keepdims=True)
+            softmax = np.exp(logits, out=logits)
+            softmax /= softmax.sum(axis=1, keepdims=True)
+            sums = sums + (of_fold[part].T @ softmax).astype(np.float64)
+            on_share(min(1.0, (start + step) / len(hidden)))
+        counts = np.maximum(np.bincount(fold, minlength=2), 1)
+        return CalibrationSet(hidden, best, fold, sums / counts[:, None])
+
+    def _on_share(self, stage: str) -> Callable[[float], None]:
+        progress = self._progress
+        return (lambda share: progress(stage, share)) if progress else lambda _: None
+
+
+class _Product:
+    """A dense head's logits, ``(N, D)`` to ``(N, V)``, float32.
+
+    MLX's CPU backend multiplies at a fiftieth of NumPy's speed.
+    """
+
+    def __init__(self, rows: np.ndarray, bias: mx.array | None) -> None:
+        self.vocab_size = len(rows)
+        self._on_gpu = mx.default_device() == mx.gpu
+        self._transposed: Any = mx.array(rows).T if self._on_gpu else rows.T
+        self._bias = 0.0 if bias is None else bias.astype(mx.float32)
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        states = hidden if self._on_gpu else np.array(hidden)
+        return mx.array(states @ self._transposed) + self._bias
+
+
+def _prompts(tokenizer: Any, num_positions: int) -> tuple[list[list[int]], np.ndarray]:
+    """Return token ids of built-in prompts, and folds that divide them by kind."""
+    texts, kinds = [], []
+    for number, (kind, beginnings) in enumerate(PROMPTS.items()):
+        is_chat = kind.startswith("chat") and tokenizer.has_chat_template
+        encode = _chat if is_chat else _encoded
+        texts += [encode(tokenizer, beginning) for beginning in beginnings]
+        kinds += [number] * len(beginnings)
+    ids = np.arange(len(texts))[:, None]
+    chosen = spread(ids, max(4, num_positions // _TOKENS_PER_PROMPT))[:, 0]
+    _, fold = np.unique(np.array(kinds)[chosen], return_inverse=True)
+    return [texts[i] for i in chosen], fold % 2
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text))
+
+
+def _chat(tokenizer: Any, message: str) -> list[int]:
+    """Return the token ids of a user's message and of the start of the answer."""
+    messages = [{"role": "user", "content": message}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def _random_starts(
+    tokenizer: Any, vocabulary: Vocabulary, vocab_size: int, count: int, seed: int
+) -> list[list[int]]:
+    """Return texts of one random token, behind what the model wants to start with."""
+    start = _encoded(tokenizer, "")
+    if not start and tokenizer.has_chat_template:
+        start = _chat(tokenizer, "Write a text.")
+    usable = np.setdiff1d(np.arange(vocab_size), list(vocabulary.unlikely))
+    chosen = np.random.default_rng(seed).choice(usable, count, count > len(usable))
+    return [[*start, int(token)] for token in chosen]
+
+
+def _before_the_end(
+    written: np.ndarray, lengths: np.ndarray, num_tokens: int, ends: set[int]
+) -> np.ndarray:
+    """Return which tokens of texts were sampled, the first end included, ``(B, L)``."""
+    column = np.arange(written.shape[1])
+    since = column - lengths[:, None]
+    is_end = np.isin(written, list(ends)) & (since >= 0)
+    has_ended = (is_end.cumsum(axis=1) - is_end) > 0
+    kept: np.ndarray = (since >= 0) & (since < num_tokens) & ~has_ended
+    return kept

@@ -1,0 +1,139 @@
+"""The coarse stage of one head: which clusters there are and how they are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashhead.blocks import CHUNK_SIZE, block_sizes, num_blocks
+from mlx_flashhead.calibration import CalibrationSet, probes_needed
+from mlx_flashhead.centroids import ClusterMeans, StoredCentroids, store_centroids
+from mlx_flashhead.config import Quantization
+from mlx_flashhead.packing import slots_of_tokens
+from mlx_flashhead.statistics import HiddenStatistics, mean_statistics
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What calibration positions tell, or the token ids alone.
+
+    Attributes:
+        statistics: Of the hidden states; ``None`` without calibration.
+        prior: Expected frequency of each token, ``(V,)``, summing to 1.
+    """
+
+    statistics: HiddenStatistics | None
+    prior: np.ndarray
+
+    def scored_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows ``(V, D)`` in the metric of the hidden states."""
+        if self.statistics is None:
+            return rows
+        turned: np.ndarray = rows @ self.statistics.metric()[0].astype(np.float32)
+        return turned
+
+
+def known_from(
+    calibration: Sequence[CalibrationSet],
+    id_prior: np.ndarray,
+    fold: int | None = None,
+) -> Knowledge:
+    """Gather what one fold of the calibration positions tells, or all of them.
+
+    The prior is the mean of the sets' mean softmax and of the guess from token ids.
+    """
+    guess = id_prior / id_prior.sum(dtype=np.float64)
+    if not calibration:
+        return Knowledge(None, guess)
+    sets = [positions.statistics(fold) for positions in calibration]
+    prior = np.mean([*(s.token_probabilities for s in sets), guess], axis=0)
+    return Knowledge(mean_statistics(sets), prior)
+
+
+@dataclass(frozen=True)
+class CoarseStage:
+    """Clusters, and everything but calibration that their centroids depend on.
+
+    Attributes:
+        rows: The head's rows, ``(V, D)``, float32.
+        cluster_tokens: Token of each slot, ``(K, C)``; ``None`` if C is 1.
+        pinned: Ids of the clusters that always pass, ``(M,)``.
+        head_bias: The dense head's bias, ``(V,)``, float32, or ``None``.
+        dims: Length of a centroid, d.
+        quantization: Of the centroids.
+        dtype: Of the projection and of the groups' scales.
+        seed: Of the centroids' rotation.
+    """
+
+    rows: np.ndarray
+    cluster_tokens: np.ndarray | None
+    pinned: np.ndarray
+    head_bias: np.ndarray | None
+    dims: int
+    quantization: Quantization | None
+    dtype: mx.Dtype
+    seed: int
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        tokens = self.cluster_tokens
+        return len(self.rows) if tokens is None else len(tokens)
+
+    @property
+    def token_clusters(self) -> np.ndarray:
+        """Cluster of each token, ``(V,)``."""
+        if self.cluster_tokens is None:
+            return np.arange(len(self.rows))
+        slots = slots_of_tokens(self.cluster_tokens, len(self.rows))
+        return slots.astype(np.int64) // self.cluster_tokens.shape[1]
+
+    @property
+    def least_probes(self) -> int:
+        """The least P with which every block has room for its pinned clusters."""
+        if not len(self.pinned):
+            return 1
+        block = self.pinned // CHUNK_SIZE % num_blocks(self.num_clusters)
+        most_pinned = int(np.bincount(block).max())
+        largest = max(block_sizes(self.num_clusters))
+        # The least P whose quota, ceil(P * largest / K), is at least that many.
+        return (most_pinned - 1) * self.num_clusters // largest + 1
+
+    def centroids(self, known: Knowledge) -> StoredCentroids:
+        """Return centroids, the biases of the pinned ones infinite."""
+        means = ClusterMeans(self.rows, known.prior, self.cluster_tokens)
+        centroids = store_centroids(
+            means,
+            known.statistics,
+            dims=self.dims,
+            quantization=self.quantization,
+            dtype=self.dtype,
+            seed=self.seed,
+        )
+        if self.head_bias is not None:
+            column = self.head_bias[:, None]
+            of_clusters = ClusterMeans(column, known.prior, self.cluster_tokens)
+            bias = of_clusters[:] + of_clusters.common
+            centroids.bias[:] += bias[:, 0]
+        centroids.bias[self.pinned] = np.inf
+        return centroids
+
+    def probes_needed(
+        self, calibration: Sequence[CalibrationSet], id_prior: np.ndarray
+    ) -> np.ndarray:
+        """Return the least P for each position, of centroids from the other fold.
+
+        The clusters themselves, if C is more than 1, may have seen both folds.
+        """
+        needed = []
+        clusters = self.token_clusters
+        for fold in (0, 1):
+            centroids = self.centroids(known_from(calibration, id_prior, 1 - fold))
+            for positions in calibration:
+                own = positions.fold == fold
+                best = clusters[positions.best_tokens[own]]
+                needed.append(probes_needed(centroids, positions.hidden[own], best))
+        return np.concatenate(needed)
