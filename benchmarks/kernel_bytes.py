@@ -23,17 +23,20 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from metal_on_cpu import Report, metal_kernel  # noqa: E402
 
-from mlx_flashhead.build import DEFAULT_PROBE_SHARE  # noqa: E402
+from mlx_flashhead.blocks import num_blocks, probed_count  # noqa: E402
 from mlx_flashhead.config import Quantization  # noqa: E402
+from mlx_flashhead.kernels import centroid_scores as step_1  # noqa: E402
 from mlx_flashhead.kernels import cluster_logits as step_3  # noqa: E402
 from mlx_flashhead.kernels._launch import build_kernel, use_kernels  # noqa: E402
-from mlx_flashhead.kernels.centroid_scores import centroid_scores  # noqa: E402
 from mlx_flashhead.kernels.probe_threshold import probe_threshold  # noqa: E402
 from mlx_flashhead.packing import PackedRows  # noqa: E402
 
-CLUSTER_SIZE = 16
+# The default head: each row has a centroid a third as long; one row in 32 is read.
+CENTROID_BITS = 2
+CENTROID_SHARE = 3
+PROBE_SHARE = 32
 GROUP_SIZE = 64
-NUM_PINNED = 8
+LINE_BYTES = 128
 MARKER = "<!-- made by benchmarks/kernel_bytes.py -->"
 
 # GB/s, as Apple states them (newsroom: M2 June 2022, M4 May 2024, M5 October 2025; the
@@ -63,6 +66,12 @@ class Model:
     hidden_size: int
 
     @property
+    def centroid_dims(self) -> int:
+        """Length of a centroid, d: a multiple of a group."""
+        groups = round(self.hidden_size / CENTROID_SHARE / GROUP_SIZE)
+        return max(1, groups) * GROUP_SIZE
+
+    @property
     def body_bytes(self) -> int:
         """Bytes of everything but the (tied) head, at 4 bits."""
         others = self.parameters - self.vocab_size * self.hidden_size
@@ -84,11 +93,19 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Step:
-    """What one kernel asked for, and the least it could, in bytes."""
+    """What one kernel asked for, and the least it could, in bytes.
+
+    Attributes:
+        requested: All bytes that threads read and wrote.
+        minimum: Each array once, of the rows only the probed.
+        in_lines: The lines of memory that threadgroups read from, and what they wrote.
+        full_share: Share of the lines of weights that are read from end to end.
+    """
 
     requested: int
     minimum: int
-    line_share: float
+    in_lines: int
+    full_share: float | None
 
 
 def random_words(num_rows: int, depth: int, bits: int) -> PackedRows:
@@ -102,58 +119,72 @@ def random_words(num_rows: int, depth: int, bits: int) -> PackedRows:
 
 def measure(model: Model, head_bits: int) -> dict[str, Step]:
     """Run one decoding step and return the counts of each kernel."""
-    num_clusters = -(-model.vocab_size // CLUSTER_SIZE)
-    num_probes = num_clusters // DEFAULT_PROBE_SHARE
-    counts = {"num_pinned": NUM_PINNED, "num_probes": num_probes}
-    slots = np.arange(num_clusters * CLUSTER_SIZE, dtype=np.uint32)
-    slots = np.minimum(np.random.default_rng(0).permutation(slots), model.vocab_size)
-    tokens = mx.array(slots.reshape(num_clusters, CLUSTER_SIZE))
-    hidden = mx.random.normal((1, model.hidden_size)).astype(mx.bfloat16)
-    centroids = random_words(num_clusters, model.hidden_size, 4)
-    rows = random_words(num_clusters * CLUSTER_SIZE, model.hidden_size, head_bits)
-    bias = mx.zeros((num_clusters,))
-
-    logits = centroid_scores(hidden, centroids)
-    threshold = probe_threshold(logits, bias, **counts)
-    unused = mx.zeros((model.vocab_size,), mx.uint32)
-    step_3.cluster_logits(
-        hidden, rows, tokens, unused, logits, bias, threshold, **counts
+    vocab_size, dims = model.vocab_size, model.centroid_dims
+    num_probes = -(-vocab_size // PROBE_SHARE)
+    hidden, projected = (
+        mx.random.normal((1, size), key=mx.random.key(0)).astype(mx.bfloat16)
+        for size in (model.hidden_size, dims)
     )
-    scores = num_clusters * 4
-    row_bytes = rows.nbytes // num_clusters * num_probes
+    centroids = random_words(vocab_size, dims, CENTROID_BITS)
+    rows = random_words(vocab_size, model.hidden_size, head_bits)
+    bias = mx.zeros((vocab_size,), mx.float16)
+
+    logits = step_1.centroid_scores(projected, centroids, bias, mx.zeros((1,)))
+    threshold = probe_threshold(logits, num_probes=num_probes)
+    step_3.cluster_logits(
+        hidden,
+        rows,
+        logits,
+        threshold,
+        num_probes=num_probes,
+        vocab_size=vocab_size,
+        cluster_tokens=None,
+        token_slots=None,
+        head_bias=None,
+    )
+    row_bytes = rows.nbytes // vocab_size * probed_count(vocab_size, num_probes)
+    # One product of MLX's own, of which every weight is read.
+    projection = (dims + 1) * model.hidden_size * 2
     return {
+        "projection": Step(projection, projection, projection, None),
         "centroid_scores": _step(
-            build_kernel("centroid_scores", ("hidden", *WEIGHTS)).report,
-            centroids.nbytes + scores,
+            build_kernel("centroid_scores", step_1._INPUTS).report,
+            centroids.nbytes + bias.nbytes + logits.nbytes,
         ),
         "probe_threshold": _step(
             build_kernel("probe_threshold", THRESHOLD_INPUTS).report,
-            2 * (scores - NUM_PINNED * 4) + 8,
+            logits.nbytes + 8 * num_blocks(vocab_size),
         ),
         "cluster_logits": _step(
             build_kernel("cluster_logits", step_3._INPUTS).report,
-            row_bytes + 2 * scores + tokens.nbytes + model.vocab_size * 2,
+            row_bytes + logits.nbytes + vocab_size * 2,
         ),
     }
 
 
 WEIGHTS = ("weight", "scales", "biases")
-THRESHOLD_INPUTS = ("centroid_logits", "bias", "limits")
+THRESHOLD_INPUTS = ("centroid_logits", "limits")
 # Read over and over from the constant or the first-level cache.
-CACHED = ("hidden", "threshold", "limits", "num_pinned")
+CACHED = ("hidden", "projected", "offset", "threshold", "limits")
 
 
 def _step(report: Report, minimum: int) -> Step:
     """Return the counts of a launch."""
-    asked = {
-        name: buffer.bytes_read + buffer.bytes_written
+    buffers = [
+        buffer
         for name, buffer in report.buffers.items()
         if name not in CACHED and not name.endswith("_shape")
-    }
+    ]
+    written = sum(b.bytes_written for b in buffers)
     weights = [report.buffers[n] for n in WEIGHTS if n in report.buffers]
-    lines = sum(b.lines_read for b in weights) or 1
-    full = sum(b.lines_read_fully for b in weights) or 1
-    return Step(sum(asked.values()), minimum, full / lines)
+    lines = sum(b.lines_read for b in weights)
+    full = sum(b.lines_read_fully for b in weights)
+    return Step(
+        sum(b.bytes_read for b in buffers) + written,
+        minimum,
+        sum(b.lines_read for b in buffers) * LINE_BYTES + written,
+        full / lines if lines else None,
+    )
 
 
 def megabytes(size: int) -> str:
@@ -164,23 +195,26 @@ def megabytes(size: int) -> str:
 def bytes_table(results: dict[tuple[Model, int], dict[str, Step]]) -> list[str]:
     """Return the table of bytes by kernel."""
     lines = [
-        "| model | rows | kernel | requested, MB | minimum, MB | excess | full lines |",
+        "| model | rows | kernel | minimum, MB | requested, MB | full lines "
+        "| whole lines, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for (model, bits), steps in results.items():
         for name, step in steps.items():
-            excess = step.requested / step.minimum - 1
-            share = "" if name == "probe_threshold" else f"{step.line_share:.1%}"
+            sizes = (megabytes(n) for n in (step.minimum, step.requested))
+            share = "" if step.full_share is None else f"{step.full_share:.1%}"
             lines.append(
-                f"| {model.name} | {bits}-bit | `{name}` | {megabytes(step.requested)} "
-                f"| {megabytes(step.minimum)} | {excess:.2%} | {share} |"
+                f"| {model.name} | {bits}-bit | `{name}` | {' | '.join(sizes)} "
+                f"| {share} | {megabytes(step.in_lines)} |"
             )
-        requested = sum(step.requested for step in steps.values())
-        minimum = sum(step.minimum for step in steps.values())
+        minimum, requested, in_lines = (
+            sum(getattr(step, kind) for step in steps.values())
+            for kind in ("minimum", "requested", "in_lines")
+        )
         lines.append(
             f"| {model.name} | {bits}-bit | **all; dense 4-bit head "
-            f"{megabytes(model.dense_bytes)}** | **{megabytes(requested)}** "
-            f"| {megabytes(minimum)} | {requested / minimum - 1:.2%} | |"
+            f"{megabytes(model.dense_bytes)}** | {megabytes(minimum)} "
+            f"| {megabytes(requested)} | | **{megabytes(in_lines)}** |"
         )
     return lines
 
@@ -199,7 +233,7 @@ def speed_table(results: dict[tuple[Model, int], dict[str, Step]]) -> list[str]:
         "|---" * (len(BANDWIDTHS) + 3) + "|",
     ]
     for (model, bits), steps in results.items():
-        head = sum(step.requested for step in steps.values())
+        head = sum(step.in_lines for step in steps.values())
         dense_total = model.body_bytes + model.dense_bytes
         cells = []
         for bandwidth in BANDWIDTHS.values():

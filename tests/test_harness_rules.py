@@ -165,10 +165,12 @@ def test_simdgroup_operations_match_numpy():
         "if (x[0] == 1) out[i] = simd_prefix_exclusive_sum(x[i]);\n"
         "if (x[0] == 2) out[i] = simd_shuffle_xor(x[i], 5);\n"
         "if (x[0] == 3) out[i] = simd_shuffle_down(x[i], 3);\n"
-        "if (x[0] == 4) out[i] = simd_max(x[i]) - simd_min(x[i]);"
+        "if (x[0] == 4) out[i] = simd_max(x[i]) - simd_min(x[i]);\n"
+        "if (x[0] == 5) out[i] = simd_or(1u << uint(x[i] + 9));"
     )
-    values = np.random.default_rng(0).integers(-9, 9, (5, 2, 32)).astype(np.float32)
-    values[:, 0, 0] = np.arange(5)
+    values = np.random.default_rng(0).integers(-9, 9, (6, 2, 32)).astype(np.float32)
+    values[:, 0, 0] = np.arange(6)
+    ones = 1 << values[5].astype(int) + 9
     down = np.concatenate([values[3, :, 3:], values[3, :, -3:]], axis=1)
     expected = [
         np.repeat(values[0].sum(1, keepdims=True), 32, axis=1),
@@ -176,6 +178,7 @@ def test_simdgroup_operations_match_numpy():
         values[2][:, np.arange(32) ^ 5],
         down,
         np.repeat(np.ptp(values[4], axis=1, keepdims=True), 32, axis=1),
+        np.repeat(np.bitwise_or.reduce(ones, axis=1, keepdims=True), 32, axis=1),
     ]
 
     for x, answer in zip(values, expected, strict=True):

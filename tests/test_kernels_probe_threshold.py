@@ -63,6 +63,7 @@ SHAPES = [
     (2, 8244, 8244),
     # Three, of which the last cluster lies in the first.
     (1, 16390, 50),
+    (1, 2**20, 2**15),
 ]
 
 
