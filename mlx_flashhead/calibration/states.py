@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_flashhead.attach import DenseHead
 from mlx_flashhead.calibration.prompts import PROMPTS
+from mlx_flashhead.heads import dense_head
 from mlx_flashhead.positions import (
     WINDOW_LENGTH,
     continuations,
@@ -124,7 +125,8 @@ class _Writer:
         progress: Progress | None,
     ) -> None:
         self._model, self._tokenizer, self._path = model, tokenizer, dense.path
-        self._product = _Product(rows, dense.bias)
+        self._dense_logits = dense_head("dense", rows, dense.bias, rows.nbytes).logits
+        self._vocab_size = len(rows)
         self._seed, self._progress = seed, progress
 
     def write(
@@ -135,7 +137,7 @@ class _Writer:
 
         def logits(hidden: mx.array) -> mx.array:
             states.append(hidden[:, 0].astype(mx.float32))
-            return self._product(states[-1])[:, None]
+            return self._dense_logits(states[-1])[:, None]
 
         stage = f"Calibrating: continuing {len(texts)} {name}"
         written = continuations(
@@ -187,10 +189,10 @@ class _Writer:
         sums = 0.0
         best = np.empty(len(hidden), np.int64)
         of_fold = np.eye(2, dtype=np.float32)[fold]
-        step = max(1, _VALUES_PER_CHUNK // self._product.vocab_size)
+        step = max(1, _VALUES_PER_CHUNK // self._vocab_size)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
-            logits = np.array(self._product(mx.array(hidden[part])))
+            logits = np.array(self._dense_logits(mx.array(hidden[part])))
             best[part] = logits.argmax(axis=1)
             logits -= logits.max(axis=1, keepdims=True)
             softmax = np.exp(logits, out=logits)
@@ -203,23 +205,6 @@ class _Writer:
     def _on_share(self, stage: str) -> Callable[[float], None]:
         progress = self._progress
         return (lambda share: progress(stage, share)) if progress else lambda _: None
-
-
-class _Product:
-    """A dense head's logits, ``(N, D)`` to ``(N, V)``, float32.
-
-    MLX's CPU backend multiplies at a fiftieth of NumPy's speed.
-    """
-
-    def __init__(self, rows: np.ndarray, bias: mx.array | None) -> None:
-        self.vocab_size = len(rows)
-        self._on_gpu = mx.default_device() == mx.gpu
-        self._transposed: Any = mx.array(rows).T if self._on_gpu else rows.T
-        self._bias = 0.0 if bias is None else bias.astype(mx.float32)
-
-    def __call__(self, hidden: mx.array) -> mx.array:
-        states = hidden if self._on_gpu else np.array(hidden)
-        return mx.array(states @ self._transposed) + self._bias
 
 
 def _prompts(tokenizer: Any, num_positions: int) -> tuple[list[list[int]], np.ndarray]:
