@@ -7,6 +7,8 @@ and dealt like this no block has more of the frequent ones than another.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 
 # 16 scores in the registers of each of 512 threads.
@@ -50,3 +52,17 @@ def probed_count(num_clusters: int, num_probes: int) -> int:
     """
     quota = probes_per_block(num_clusters, num_probes)
     return sum(min(quota, size) for size in block_sizes(num_clusters))
+
+
+def least_probes(pinned: Iterable[int], num_clusters: int) -> int:
+    """Return the least P with which every block has room for its pinned clusters.
+
+    Args:
+        pinned: Ids of the clusters that always pass.
+        num_clusters: K, at least 1.
+    """
+    blocks = num_blocks(num_clusters)
+    in_block = Counter(cluster // CHUNK_SIZE % blocks for cluster in pinned)
+    most = max(in_block.values(), default=1)
+    # The least P whose quota is at least that many.
+    return (most - 1) * num_clusters // max(block_sizes(num_clusters)) + 1

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashhead.attach import DenseHead
+from mlx_flashhead.blocks import least_probes
 from mlx_flashhead.calibration import (
     CalibrationSet,
     ProbeChoice,
@@ -18,7 +19,12 @@ from mlx_flashhead.calibration import (
 )
 from mlx_flashhead.centroids import StoredCentroids
 from mlx_flashhead.clustering import cluster_rows, token_prior
-from mlx_flashhead.coarse import CoarseStage, Knowledge, known_from
+from mlx_flashhead.coarse import (
+    CoarseStage,
+    Knowledge,
+    known_from,
+    pinned_clusters,
+)
 from mlx_flashhead.config import FlashHeadConfig
 from mlx_flashhead.head import FlashEmbedding, FlashHead
 from mlx_flashhead.options import HeadOptions
@@ -57,6 +63,30 @@ class BuiltHead:
     choice: ProbeChoice | None
 
 
+def check_options(
+    options: HeadOptions, vocabulary: Vocabulary, vocab_size: int
+) -> None:
+    """Check what depends on the head, before minutes of work on it.
+
+    Raises:
+        ValueError: If a cluster would have more rows than there are, or P is too
+            small for the pinned clusters or larger than their number.
+    """
+    if options.cluster_size > vocab_size:
+        raise ValueError(
+            f"cluster_size={options.cluster_size} must be in [1, {vocab_size}], the "
+            "number of the head's rows."
+        )
+    num_clusters = -(-vocab_size // options.cluster_size)
+    pinned = pinned_clusters(vocabulary, options.cluster_size)
+    least, given = least_probes(pinned, num_clusters), options.num_probes
+    if given is not None and not least <= given <= num_clusters:
+        raise ValueError(
+            f"num_probes={given} must be in [{least}, {num_clusters}]: at least the "
+            "clusters that are always scored, at most all."
+        )
+
+
 def build_head(
     dense: DenseHead,
     rows: np.ndarray,
@@ -74,12 +104,9 @@ def build_head(
         rows: Its rows, ``(V, D)``, float32.
         vocabulary: Its tokens' kinds.
         calibration: Positions of its model; none for a head from the rows alone.
-        options: The user's choices.
+        options: The user's choices, checked.
         base_model_type: ``model_type`` of its model.
         progress: Called with what is being done and the share of it done, 0 to 1.
-
-    Raises:
-        ValueError: If an option is out of range for this head.
     """
     report = progress or (lambda stage, share: None)
     stored = _stored_rows(dense, options)
@@ -128,12 +155,6 @@ def _coarse_stage(
 ) -> CoarseStage:
     """Form the clusters, and say how they are scored."""
     vocab_size, hidden_size = rows.shape
-    if options.cluster_size > vocab_size:
-        raise ValueError(
-            f"cluster_size={options.cluster_size} must be in [1, {vocab_size}], the "
-            "number of the head's rows."
-        )
-    pinned = np.array(sorted(vocabulary.pinned), np.int64)
     cluster_tokens = None
     if options.cluster_size > 1:
         num_clusters = -(-vocab_size // options.cluster_size)
@@ -146,15 +167,15 @@ def _coarse_stage(
             progress=_on_clustering(progress, num_clusters),
         )
         cluster_tokens = clustering.cluster_tokens
-        pinned = np.arange(clustering.num_pinned)
+    bias = dense.bias
     dims = options.centroid_dims(
         hidden_size, is_calibrated=known.statistics is not None
     )
     return CoarseStage(
         rows=rows,
         cluster_tokens=cluster_tokens,
-        pinned=pinned,
-        head_bias=None if dense.bias is None else np.array(dense.bias, np.float32),
+        pinned=pinned_clusters(vocabulary, options.cluster_size),
+        head_bias=None if bias is None else np.array(bias.astype(mx.float32)),
         dims=dims,
         quantization=affine(options.stored_centroid_bits, dims),
         dtype=_float_dtype(dense, stored),
@@ -165,7 +186,8 @@ def _coarse_stage(
 def _default_probes(stage: CoarseStage) -> int:
     """Return P where neither the user nor calibration names it."""
     share = -(-stage.num_clusters // _UNCALIBRATED_SHARE)
-    wanted = max(share + len(stage.pinned), stage.least_probes)
+    of_pinned = least_probes(stage.pinned, stage.num_clusters)
+    wanted = max(share + len(stage.pinned), of_pinned)
     return min(wanted, stage.num_clusters)
 
 
@@ -178,18 +200,14 @@ def _choose(
     options: HeadOptions,
 ) -> ProbeChoice | None:
     """Choose P by held-out positions, or judge the one that was asked for."""
-    num_clusters, given = stage.num_clusters, options.num_probes
-    if given is not None and not stage.least_probes <= given <= num_clusters:
-        raise ValueError(
-            f"num_probes={given} must be in [{stage.least_probes}, {num_clusters}]: "
-            "at least the clusters that are always scored, at most all."
-        )
     if not calibration:
         return None
     needed = stage.probes_needed(calibration, id_prior)
-    if given is not None:
-        return judge_probes(needed, given)
-    least = max(-(-num_clusters // _LEAST_SHARE), stage.least_probes)
+    if options.num_probes is not None:
+        return judge_probes(needed, options.num_probes)
+    num_clusters = stage.num_clusters
+    of_pinned = least_probes(stage.pinned, num_clusters)
+    least = max(-(-num_clusters // _LEAST_SHARE), of_pinned)
     cluster_bytes = stored.nbytes * options.cluster_size / stored.num_rows
     coarse_bytes = centroids.rows.nbytes + centroids.bias.nbytes // 2
     to_spend = dense_bytes(stage.rows.shape, stage.dtype) - coarse_bytes

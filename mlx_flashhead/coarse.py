@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.blocks import CHUNK_SIZE, block_sizes, num_blocks
 from mlx_flashhead.calibration import CalibrationSet, probes_needed
 from mlx_flashhead.centroids import ClusterMeans, StoredCentroids, store_centroids
 from mlx_flashhead.config import Quantization
 from mlx_flashhead.packing import slots_of_tokens
 from mlx_flashhead.statistics import HiddenStatistics, mean_statistics
+from mlx_flashhead.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,13 @@ def known_from(
     return Knowledge(mean_statistics(sets), prior)
 
 
+def pinned_clusters(vocabulary: Vocabulary, cluster_size: int) -> range | list[int]:
+    """Return the ids of the clusters that hold pinned tokens, ascending."""
+    if cluster_size == 1:
+        return sorted(vocabulary.pinned)
+    return range(-(-len(vocabulary.pinned) // cluster_size))
+
+
 @dataclass(frozen=True)
 class CoarseStage:
     """Clusters, and everything but calibration that their centroids depend on.
@@ -60,7 +67,7 @@ class CoarseStage:
     Attributes:
         rows: The head's rows, ``(V, D)``, float32.
         cluster_tokens: Token of each slot, ``(K, C)``; ``None`` if C is 1.
-        pinned: Ids of the clusters that always pass, ``(M,)``.
+        pinned: Ids of the clusters that always pass.
         head_bias: The dense head's bias, ``(V,)``, float32, or ``None``.
         dims: Length of a centroid, d.
         quantization: Of the centroids.
@@ -70,7 +77,7 @@ class CoarseStage:
 
     rows: np.ndarray
     cluster_tokens: np.ndarray | None
-    pinned: np.ndarray
+    pinned: Sequence[int]
     head_bias: np.ndarray | None
     dims: int
     quantization: Quantization | None
@@ -91,17 +98,6 @@ class CoarseStage:
         slots = slots_of_tokens(self.cluster_tokens, len(self.rows))
         return slots.astype(np.int64) // self.cluster_tokens.shape[1]
 
-    @property
-    def least_probes(self) -> int:
-        """The least P with which every block has room for its pinned clusters."""
-        if not len(self.pinned):
-            return 1
-        block = self.pinned // CHUNK_SIZE % num_blocks(self.num_clusters)
-        most_pinned = int(np.bincount(block).max())
-        largest = max(block_sizes(self.num_clusters))
-        # The least P whose quota, ceil(P * largest / K), is at least that many.
-        return (most_pinned - 1) * self.num_clusters // largest + 1
-
     def centroids(self, known: Knowledge) -> StoredCentroids:
         """Return centroids, the biases of the pinned ones infinite."""
         means = ClusterMeans(self.rows, known.prior, self.cluster_tokens)
@@ -118,7 +114,7 @@ class CoarseStage:
             of_clusters = ClusterMeans(column, known.prior, self.cluster_tokens)
             bias = of_clusters[:] + of_clusters.common
             centroids.bias[:] += bias[:, 0]
-        centroids.bias[self.pinned] = np.inf
+        centroids.bias[list(self.pinned)] = np.inf
         return centroids
 
     def probes_needed(

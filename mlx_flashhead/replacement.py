@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flashhead.attach import DenseHead, find_head, replace_module
-from mlx_flashhead.build import BuiltHead, Progress, build_head
+from mlx_flashhead.build import BuiltHead, Progress, build_head, check_options
 from mlx_flashhead.calibration import (
     DEFAULT_POSITIONS,
     CalibrationSet,
@@ -133,6 +133,7 @@ def calibrated_head(
         ValueError: If a setting is out of range.
     """
     vocabulary = read_vocabulary(tokenizer, len(rows))
+    check_options(options, vocabulary, len(rows))
     sets: list[CalibrationSet] = []
     if calibration.is_wanted:
         sets = sample_states(
