@@ -2,8 +2,8 @@
 
     python examples/replace_head.py mlx-community/Qwen3-0.6B-4bit "Why is the sky blue?"
 
-Nothing is written to disk; the clustering is done anew at each start, so convert the
-model once (mlx_flashhead.convert) if you use it often.
+Nothing is written to disk; the model is calibrated anew at each start, so convert it
+once (mlx_flashhead.convert) if you use it often.
 """
 
 import sys
