@@ -26,6 +26,7 @@ threadgroup float partial_sums
 
 // The tile stays in registers while the positions go by: its words are read once.
 RowTile<W, Bits, GroupSize, Passes> tile;
+#pragma clang loop unroll(full)
 for (uint pass = 0; pass < Passes; ++pass) {
   const uint chunk =
       first_row * chunks_per_row + pass * num_threads + thread_index;
@@ -37,6 +38,7 @@ tile.share_scales(thread_index % 32);
 for (uint position = 0; position < num_positions; ++position) {
   HiddenChunk<Bits> piece;
   piece.load(projected + position * D + column);
+#pragma clang loop unroll(full)
   for (uint pass = 0; pass < Passes; ++pass) {
     write_partial_sum<chunks_per_row, RowsPerPass>(
         tile, piece, pass, thread_index, partial_sums);

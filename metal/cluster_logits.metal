@@ -76,6 +76,7 @@ const uint num_rows = atomic_load_explicit(&num_listed, memory_order_relaxed) * 
 for (uint first_row = 0; first_row < num_rows; first_row += rows_per_tile) {
   RowTile<W, Bits, GroupSize, Passes> tile;
   uint wanted_by[Passes]; // bit n: position n probes a row of this simdgroup
+#pragma clang loop unroll(full)
   for (uint pass = 0; pass < Passes; ++pass) {
     const uint row = first_row + pass * RowsPerPass + thread_index / chunks_per_row;
     const bool is_there = row < num_rows;
@@ -89,6 +90,7 @@ for (uint first_row = 0; first_row < num_rows; first_row += rows_per_tile) {
     const uint position = first_position + n;
     HiddenChunk<Bits> piece;
     piece.load(hidden + position * D + column * Chunk<Bits>::Values);
+#pragma clang loop unroll(full)
     for (uint pass = 0; pass < Passes; ++pass) {
       if ((wanted_by[pass] >> n & 1u) != 0) {
         write_partial_sum<chunks_per_row, RowsPerPass>(

@@ -107,7 +107,8 @@ struct HiddenChunk {
   }
 };
 
-// `Passes` chunks of packed rows, held by one thread.
+// `Passes` chunks of packed rows, held by one thread: in registers, if loops over passes
+// are unrolled.
 template <typename W, int Bits, int GroupSize, int Passes>
 struct RowTile {
   enum : int {
