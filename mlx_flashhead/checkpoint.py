@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_flashhead.blocks import least_probes
 from mlx_flashhead.config import MODEL_TYPE, FlashHeadConfig
 from mlx_flashhead.head import empty_head
 from mlx_flashhead.packing import slots_of_tokens
@@ -61,7 +62,8 @@ def validate_arrays(config: FlashHeadConfig, weights: Mapping[str, mx.array]) ->
 
     Raises:
         ValueError: If an array of the head is missing, has another shape or dtype, or
-            the index maps are not inverse permutations of the tokens.
+            the index maps are not inverse permutations of the tokens; or if P has no
+            room for the pinned clusters.
     """
     expected = dict(tree_flatten(empty_head(config).parameters()))
     names = {name: f"{config.head_path}.{name}" for name in expected}
@@ -78,6 +80,7 @@ def validate_arrays(config: FlashHeadConfig, weights: Mapping[str, mx.array]) ->
                 f"calls for {array.dtype} {tuple(array.shape)}; convert the model "
                 "again."
             )
+    _check_pinned(config, weights[names["centroids.bias"]])
     if config.cluster_size == 1:
         return
     cluster_tokens = np.array(weights[names["cluster_tokens"]])
@@ -86,6 +89,22 @@ def validate_arrays(config: FlashHeadConfig, weights: Mapping[str, mx.array]) ->
         raise ValueError(
             f"{names['token_slots']} is not the inverse of {names['cluster_tokens']}; "
             "convert the model again."
+        )
+
+
+def _check_pinned(config: FlashHeadConfig, bias: mx.array) -> None:
+    """Check that the clusters with an infinite bias are always probed."""
+    pinned = np.flatnonzero(np.isinf(np.array(bias.astype(mx.float32))))
+    if len(pinned) != config.num_pinned:
+        raise ValueError(
+            f"{len(pinned)} clusters are pinned; config.json has "
+            f"num_pinned={config.num_pinned}; convert the model again."
+        )
+    least = least_probes(pinned.tolist(), config.num_clusters)
+    if config.num_probes < least:
+        raise ValueError(
+            f"config.json: num_probes={config.num_probes} must be at least {least}, so "
+            "that the pinned clusters are always probed."
         )
 
 
