@@ -1,12 +1,29 @@
 """Float64 answers in NumPy to what a FlashHead computes, and random heads to ask."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
+import pytest
 from kernel_cases import chosen_clusters, in_float64, random_clusters
 
 from mlx_flashhead.config import FlashHeadConfig, Quantization
 from mlx_flashhead.head import FlashEmbedding, FlashHead
 from mlx_flashhead.packing import PackedRows, pack_rows
+
+# Arguments of ``random_head``: 52, 53 and 61 tokens.
+HEAD_SHAPES = {
+    "single rows": {
+        "num_clusters": 53,
+        "cluster_size": 1,
+        "num_probes": 12,
+        "pinned": (52, 7),
+    },
+    "clusters of 5": {},
+    "clusters of 16": {"num_clusters": 4, "cluster_size": 16, "num_probes": 1}
+    | {"pinned": ()},
+}
+head_shapes = pytest.mark.parametrize("shape", HEAD_SHAPES.values(), ids=HEAD_SHAPES)
 
 
 def random_head(
@@ -15,8 +32,9 @@ def random_head(
     cluster_size: int = 5,
     padding: int = 3,
     hidden_size: int = 64,
+    centroid_dims: int = 32,
     num_probes: int = 4,
-    num_pinned: int = 2,
+    pinned: Sequence[int] = (0, 1),
     rows: Quantization | None = None,
     centroids: Quantization | None = None,
     dtype: mx.Dtype = mx.float32,
@@ -24,16 +42,20 @@ def random_head(
     has_bias: bool = False,
     seed: int = 0,
 ) -> FlashHead:
-    """Return a head of random rows, and of centroids that have no part in them."""
+    """Return a head of random rows, and of centroids that have no part in them.
+
+    Clusters of one row have no padding.
+    """
     config = FlashHeadConfig(
         base_model_type="llama",
         head_path="lm_head",
         tied=tied,
-        vocab_size=num_clusters * cluster_size - padding,
+        vocab_size=num_clusters * cluster_size - padding * (cluster_size > 1),
         hidden_size=hidden_size,
         cluster_size=cluster_size,
+        centroid_dims=centroid_dims,
         num_probes=num_probes,
-        num_pinned=num_pinned,
+        num_pinned=len(pinned),
         dtype=str(dtype).removeprefix("mlx.core."),
         rows=rows,
         centroids=centroids,
@@ -46,14 +68,18 @@ def random_head(
     def normal(*shape: int) -> mx.array:
         return mx.array(random.normal(size=shape).astype(np.float32))
 
+    centroid_rows = normal(num_clusters, centroid_dims).astype(dtype)
+    projection = normal(centroid_dims + 1, hidden_size) / hidden_size**0.5
+    bias = np.array(normal(num_clusters))
+    bias[list(pinned)] = np.inf
     return (FlashEmbedding if tied else FlashHead)(
         config,
         rows=pack_rows(clusters.rows.weight.astype(dtype), rows),
-        centroids=pack_rows(normal(num_clusters, hidden_size).astype(dtype), centroids),
-        centroid_bias=normal(num_clusters),
-        cluster_tokens=mx.array(clusters.cluster_tokens),
-        token_slots=mx.array(clusters.token_slots),
+        centroids=pack_rows(centroid_rows, centroids),
+        centroid_bias=mx.array(bias).astype(mx.float16),
+        projection=projection.astype(dtype),
         bias=normal(config.vocab_size).astype(dtype) if has_bias else None,
+        **clusters.maps,
     )
 
 
@@ -69,6 +95,26 @@ def float_rows(rows: PackedRows) -> np.ndarray:
     return in_float64(rows.map(widen).dequantize())
 
 
+def slots_of(head: FlashHead) -> list[tuple[int, int, int]]:
+    """Return slot, cluster and token of all that is stored but padding."""
+    config = head.config
+    if "cluster_tokens" not in head:
+        return [(token, token, token) for token in range(config.vocab_size)]
+    tokens = np.array(head.cluster_tokens).reshape(-1).tolist()
+    return [
+        (slot, slot // config.cluster_size, token)
+        for slot, token in enumerate(tokens)
+        if token != config.vocab_size
+    ]
+
+
+def centroid_logits(head: FlashHead, hidden: mx.array) -> np.ndarray:
+    """Return scores of all clusters, ``(N, K)`` float64, infinite where pinned."""
+    projected = in_float64(hidden) @ in_float64(head.centroids.projection).T
+    scores = projected[:, :-1] @ float_rows(head.centroids.rows).T
+    return scores + in_float64(head.centroids.bias) + projected[:, -1:]
+
+
 def flash_logits(head: FlashHead, hidden: mx.array) -> tuple[np.ndarray, np.ndarray]:
     """Return logits in token order and which tokens' clusters are probed.
 
@@ -79,36 +125,27 @@ def flash_logits(head: FlashHead, hidden: mx.array) -> tuple[np.ndarray, np.ndar
     Returns:
         ``(N, V)`` float64 and ``(N, V)`` bool.
     """
-    config, x = head.config, in_float64(hidden)
-    coarse = x @ float_rows(head.centroids.rows).T
-    bias = in_float64(head.centroids.bias)
-    chosen = chosen_clusters(coarse, bias, config.num_pinned, config.num_probes)
-    exact = x @ float_rows(head.rows).T
-    logits = np.full((len(x), config.vocab_size), np.nan)
+    coarse = centroid_logits(head, hidden)
+    chosen = chosen_clusters(coarse, head.config.num_probes)
+    exact = in_float64(hidden) @ float_rows(head.rows).T
+    if "bias" in head:
+        slots, _, tokens = np.array(slots_of(head)).T
+        exact[:, slots] += in_float64(head.bias)[tokens]
+    logits = np.full((len(coarse), head.config.vocab_size), np.nan)
     is_probed = np.zeros(logits.shape, bool)
-    for cluster, tokens in enumerate(np.array(head.cluster_tokens)):
-        for place, token in enumerate(tokens):
-            if token == config.vocab_size:
-                continue
-            slot = cluster * config.cluster_size + place
-            is_probed[:, token] = chosen[:, cluster]
-            logits[:, token] = np.where(
-                chosen[:, cluster], exact[:, slot], coarse[:, cluster]
-            )
-    return _with_bias(head, logits), is_probed
+    for slot, cluster, token in slots_of(head):
+        passes = chosen[:, cluster]
+        is_probed[:, token] = passes
+        logits[:, token] = np.where(passes, exact[:, slot], coarse[:, cluster])
+    return logits, is_probed
 
 
 def dense_logits(head: FlashHead, hidden: mx.array) -> np.ndarray:
     """Return the product with all stored rows, in token order, ``(N, V)`` float64."""
     by_slot = in_float64(hidden) @ float_rows(head.rows).T
-    tokens = np.array(head.cluster_tokens).reshape(-1)
-    is_token = tokens < head.config.vocab_size
+    slots, _, tokens = np.array(slots_of(head)).T
     logits = np.empty((len(by_slot), head.config.vocab_size))
-    logits[:, tokens[is_token]] = by_slot[:, is_token]
-    return _with_bias(head, logits)
-
-
-def _with_bias(head: FlashHead, logits: np.ndarray) -> np.ndarray:
+    logits[:, tokens] = by_slot[:, slots]
     return logits + in_float64(head.bias) if "bias" in head else logits
 
 

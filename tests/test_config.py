@@ -14,6 +14,7 @@ VALID = {
     "vocab_size": 203,
     "hidden_size": 96,
     "cluster_size": 8,
+    "centroid_dims": 64,
     "num_probes": 5,
     "num_pinned": 2,
     "dtype": "float16",
@@ -24,11 +25,12 @@ VALID = {
 # The form on disk. Folders that people published must stay readable: a change here
 # needs a new version and code that reads the old one.
 ON_DISK = """
-{"version": 1, "base_model_type": "llama", "head_path": "model.embed_tokens",
+{"version": 2, "base_model_type": "llama", "head_path": "model.embed_tokens",
  "tied": true, "vocab_size": 203, "hidden_size": 96, "cluster_size": 8,
- "num_probes": 5, "num_pinned": 2, "dtype": "float16",
+ "centroid_dims": 64, "num_probes": 5, "num_pinned": 2, "dtype": "float16",
  "rows": {"bits": 8, "group_size": 32, "mode": "affine"},
- "centroids": {"bits": 4, "group_size": 32, "mode": "affine"}, "has_bias": false}
+ "centroids": {"bits": 4, "group_size": 32, "mode": "affine"}, "has_bias": false,
+ "sampling": "deterministic"}
 """
 
 
@@ -37,11 +39,12 @@ def test_form_on_disk_is_pinned():
 
     assert json.loads(json.dumps(config.to_json())) == json.loads(ON_DISK)
     assert FlashHeadConfig.from_json(json.loads(ON_DISK)) == config
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2
 
 
 def test_unquantized_arrays_survive_the_form_on_disk():
     changes = {"rows": None, "centroids": None, "has_bias": True, "tied": False}
+    changes |= {"cluster_size": 1, "sampling": "corrected"}
     config = FlashHeadConfig(**VALID | changes)
 
     assert FlashHeadConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
@@ -76,6 +79,20 @@ def test_probing_stops_where_it_reads_more_than_the_head(num_probes, positions):
     assert config.max_probed_positions == positions
 
 
+# 20,000 clusters are dealt to three blocks of 6688, 6656 and 6656; each passes as many
+# as the share of the largest asks for.
+@pytest.mark.parametrize(
+    ("num_probes", "num_probed"), [(1, 3), (3, 6), (625, 627), (20_000, 20_000)]
+)
+def test_every_block_passes_as_many_clusters(num_probes, num_probed):
+    sizes = {"vocab_size": 20_000, "cluster_size": 1, "num_pinned": 0}
+
+    config = FlashHeadConfig(**VALID | sizes | {"num_probes": num_probes})
+
+    assert config.num_probed == num_probed
+    assert config.max_probed_positions == 20_000 // num_probed
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -83,6 +100,8 @@ def test_probing_stops_where_it_reads_more_than_the_head(num_probes, positions):
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
         ({"cluster_size": 0}, "cluster_size=0 must be at least 1"),
         ({"cluster_size": 204}, r"cluster_size=204 must be in \[1, 203\]"),
+        ({"centroid_dims": 0}, "centroid_dims=0 must be at least 1"),
+        ({"centroid_dims": 97}, r"centroid_dims=97 must be in \[1, 96\]"),
         ({"num_pinned": -1}, r"num_pinned=-1 must be in \[0, 26\]"),
         ({"num_pinned": 27}, r"num_pinned=27 must be in \[0, 26\]"),
         ({"num_probes": 1}, r"num_probes=1 must be in \[2, 26\]"),
@@ -91,11 +110,42 @@ def test_probing_stops_where_it_reads_more_than_the_head(num_probes, positions):
         ({"dtype": "int8"}, "dtype='int8' must be"),
         ({"rows": Quantization(4, 64)}, "rows: group size 64 does not divide"),
         ({"centroids": Quantization(4, 128)}, "centroids: group size 128 does not"),
+        # Groups divide a centroid, whatever divides a row.
+        (
+            {"centroid_dims": 48, "centroids": Quantization(2, 32)},
+            "centroids: group size 32 does not divide their length 48",
+        ),
+        ({"sampling": "greedy"}, "'greedy' must be one of deterministic, stochastic"),
     ],
 )
 def test_invalid_settings_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         FlashHeadConfig(**VALID | changes)
+
+
+@pytest.mark.parametrize("version", [None, 0, 1, "2", 2.5])
+def test_an_older_format_is_to_be_converted_again(version):
+    values = json.loads(ON_DISK) | {"version": version}
+
+    with pytest.raises(ValueError, match=r'"version" .* not 2; convert the model'):
+        FlashHeadConfig.from_json(values)
+
+
+def test_a_newer_format_needs_a_newer_package():
+    values = json.loads(ON_DISK) | {"version": 3}
+
+    with pytest.raises(ValueError, match="version 3; .* reads 2: pip install -U"):
+        FlashHeadConfig.from_json(values)
+
+
+def test_every_setting_but_the_later_ones_must_be_there():
+    values = json.loads(ON_DISK)
+    for name in values.keys() - {"version", "has_bias", "sampling"}:
+        lacking = {key: value for key, value in values.items() if key != name}
+        with pytest.raises(ValueError, match=f"lacks {name}"):
+            FlashHeadConfig.from_json(lacking)
+    older = {k: v for k, v in values.items() if k not in ("has_bias", "sampling")}
+    assert FlashHeadConfig.from_json(older) == FlashHeadConfig(**VALID)
 
 
 @pytest.mark.parametrize("changes", [{"num_probes": 26, "num_pinned": 26}, {}])
