@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mlx_flashhead.config import SAMPLINGS
+
 HEAD_BITS = (4, 5, 6, 8, 16)
 CENTROID_BITS = (2, 4, 8, 16)
 
@@ -56,6 +58,7 @@ class HeadOptions:
         for name, value, allowed in (
             ("head_bits", self.head_bits, ("source", *HEAD_BITS)),
             ("centroid_bits", self.centroid_bits, (None, *CENTROID_BITS)),
+            ("sampling", self.sampling, SAMPLINGS),
         ):
             if value not in allowed:
                 names = ", ".join(str(v) for v in allowed if v is not None)

@@ -12,6 +12,7 @@ from mlx_flashhead.calibration.probes import (
 )
 from mlx_flashhead.calibration.states import (
     DEFAULT_POSITIONS,
+    NUM_FOLDS,
     CalibrationSet,
     sample_states,
 )
@@ -20,6 +21,7 @@ from mlx_flashhead.calibration.tails import tail_level
 __all__ = [
     "CONFIDENCE",
     "DEFAULT_POSITIONS",
+    "NUM_FOLDS",
     "CalibrationSet",
     "ProbeChoice",
     "choose_probes",

@@ -93,10 +93,11 @@ def judge_probes(
 
 def misses_allowed(count: int, target: float) -> int:
     """Return the most misses of ``count`` that show ``target``; -1 if none do."""
-    misses = -1
-    while misses < count and least_share(misses + 1, count) >= target:
+    misses, chance = -1, 0.0
+    while chance <= 1 - CONFIDENCE:
         misses += 1
-    return misses
+        chance += _chance_of(misses, count, target)
+    return misses - 1
 
 
 def least_share(misses: int, count: int) -> float:
@@ -105,22 +106,25 @@ def least_share(misses: int, count: int) -> float:
     for _ in range(60):
         middle = (low + high) / 2
         if _chance_of_at_most(misses, count, middle) > 1 - CONFIDENCE:
-            low = middle
-        else:
             high = middle
-    return 1 - high
+        else:
+            low = middle
+    return low
 
 
-def _chance_of_at_most(misses: int, count: int, rate: float) -> float:
-    """Return the binomial probability of at most ``misses``."""
+def _chance_of_at_most(misses: int, count: int, share: float) -> float:
+    """Return the binomial probability of at most ``misses``; ``share`` is of hits."""
     if misses >= count:
         return 1.0
-    terms = (
+    return math.fsum(_chance_of(k, count, share) for k in range(misses + 1))
+
+
+def _chance_of(misses: int, count: int, share: float) -> float:
+    """Return the binomial probability of exactly ``misses``."""
+    return math.exp(
         math.lgamma(count + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(count - k + 1)
-        + k * math.log(rate)
-        + (count - k) * math.log1p(-rate)
-        for k in range(misses + 1)
+        - math.lgamma(misses + 1)
+        - math.lgamma(count - misses + 1)
+        + misses * math.log1p(-share)
+        + (count - misses) * math.log(share)
     )
-    return math.fsum(map(math.exp, terms))

@@ -32,20 +32,26 @@ LEAST_POSITIONS = 256
 _TOKENS_PER_PROMPT = 48
 _TOKENS_PER_RANDOM_START = 16
 
-_VALUES_PER_CHUNK = 1 << 23
+# Texts written at a time: their attention caches take memory.
+_TEXTS_PER_BATCH = 32
+NUM_FOLDS = 4
+
+# 16 MiB of logits: larger arrays are given back to the system after each chunk, and
+# taking them again costs more than filling them.
+_VALUES_PER_CHUNK = 1 << 22
 
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Positions of one sort, in two folds that have no text in common.
+    """Positions of one sort, in folds that have no text in common.
 
     Attributes:
         hidden: ``(N, D)``, float32.
         best_tokens: Arg max of the dense head, ``(N,)``.
-        fold: 0 or 1, ``(N,)``; both occur.
-        token_probabilities: Mean softmax of each fold, ``(2, V)``, float64.
+        fold: 0 to 3, ``(N,)``.
+        token_probabilities: Sums of softmaxes of each fold, ``(4, V)``, float64.
     """
 
     hidden: np.ndarray
@@ -53,13 +59,11 @@ class CalibrationSet:
     fold: np.ndarray
     token_probabilities: np.ndarray
 
-    def statistics(self, fold: int | None = None) -> HiddenStatistics:
-        """Return the statistics of one fold, or of all positions."""
-        if fold is not None:
-            is_in = self.fold == fold
-            return hidden_statistics(self.hidden[is_in], self.token_probabilities[fold])
-        share = np.bincount(self.fold) / len(self.fold)
-        return hidden_statistics(self.hidden, share @ self.token_probabilities)
+    def statistics(self, held_out: int | None = None) -> HiddenStatistics:
+        """Return the statistics of all positions, or of all but one fold's."""
+        is_in = self.fold != held_out
+        sums = self.token_probabilities[np.arange(NUM_FOLDS) != held_out].sum(axis=0)
+        return hidden_statistics(self.hidden[is_in], sums / is_in.sum())
 
 
 def sample_states(
@@ -98,7 +102,7 @@ def sample_states(
         )
     writer = _Writer(model, tokenizer, dense, rows, seed, progress)
     half = num_positions // 2
-    count = max(4, half // _TOKENS_PER_RANDOM_START)
+    count = half // _TOKENS_PER_RANDOM_START
     starts = _random_starts(tokenizer, vocabulary, len(rows), count, seed)
     if texts:
         first = writer.read(read_texts(texts), half)
@@ -107,7 +111,10 @@ def sample_states(
     return [
         first,
         writer.write(
-            starts, np.arange(count) % 2, _TOKENS_PER_RANDOM_START, "random tokens"
+            starts,
+            np.arange(count) % NUM_FOLDS,
+            _TOKENS_PER_RANDOM_START,
+            "random tokens",
         ),
     ]
 
@@ -133,13 +140,37 @@ class _Writer:
         self, texts: list[list[int]], fold: np.ndarray, num_tokens: int, name: str
     ) -> CalibrationSet:
         """Sample continuations, to the end of sequence, and keep their positions."""
+        on_share = self._on_share(f"Calibrating: continuing {len(texts)} {name}")
+        # Texts of about one length side by side: the others wait for the longest.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        parts = []
+        for start in range(0, len(order), _TEXTS_PER_BATCH):
+            batch = order[start : start + _TEXTS_PER_BATCH]
+            done, size = start / len(order), len(batch) / len(order)
+            hidden, owner = self._continued(
+                [texts[i] for i in batch],
+                num_tokens,
+                start,
+                lambda share, done=done, size=size: on_share(done + share * size),
+            )
+            parts.append((hidden, fold[batch][owner]))
+        hidden, owner = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return self._collected(hidden, owner, name)
+
+    def _continued(
+        self,
+        texts: list[list[int]],
+        num_tokens: int,
+        number: int,
+        on_share: Callable[[float], None],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return hidden states ``(N, D)`` and the text that each is of, ``(N,)``."""
         states: list[mx.array] = []
 
         def logits(hidden: mx.array) -> mx.array:
             states.append(hidden[:, 0].astype(mx.float32))
             return self._dense_logits(states[-1])[:, None]
 
-        stage = f"Calibrating: continuing {len(texts)} {name}"
         written = continuations(
             self._model,
             self._path,
@@ -147,16 +178,15 @@ class _Writer:
             texts,
             num_tokens,
             temperature=1.0,
-            seed=self._seed,
-            on_share=self._on_share(stage),
+            seed=self._seed + number,
+            on_share=on_share,
         )
         lengths = np.array([len(text) for text in texts])
-        is_kept = _before_the_end(
-            written, lengths, num_tokens, set(self._tokenizer.eos_token_ids)
-        )[:, lengths.min() :]
+        ends = set(self._tokenizer.eos_token_ids)
+        is_kept = _before_the_end(written, lengths, num_tokens, ends)
+        is_kept = is_kept[:, lengths.min() :]
         hidden = np.array(mx.stack(states, axis=1))
-        owner = np.broadcast_to(fold[:, None], is_kept.shape)
-        return self._collected(hidden[is_kept], owner[is_kept], name)
+        return hidden[is_kept], np.nonzero(is_kept)[0]
 
     def read(self, texts: list[str], num_positions: int) -> CalibrationSet:
         """Run over texts, and keep the positions of windows spread over them."""
@@ -167,7 +197,7 @@ class _Writer:
                 f"The calibration text has fewer than {2 * WINDOW_LENGTH} tokens; give "
                 "more text, or leave out --calibration-text to use built-in prompts."
             )
-        cuts = spread(cuts, min(len(cuts), max(2, num_positions // WINDOW_LENGTH)))
+        cuts = spread(cuts, min(len(cuts), num_positions // WINDOW_LENGTH))
         found = positions_in(
             self._model,
             self._path,
@@ -175,8 +205,8 @@ class _Writer:
             1,
             self._on_share("Calibrating: reading texts"),
         )
-        # Halves, not every other window: neighbours tell about each other.
-        fold = (np.arange(len(cuts)) >= len(cuts) // 2).astype(np.int64)
+        # Runs of windows, not every fourth: neighbours tell about each other.
+        fold = np.arange(len(cuts)) * NUM_FOLDS // len(cuts)
         return self._collected(
             np.array(found.hidden), fold.repeat(cuts.shape[1] - 1), "texts"
         )
@@ -188,7 +218,7 @@ class _Writer:
         on_share = self._on_share(f"Calibrating: the dense head's answers to {name}")
         sums = 0.0
         best = np.empty(len(hidden), np.int64)
-        of_fold = np.eye(2, dtype=np.float32)[fold]
+        of_fold = np.eye(NUM_FOLDS, dtype=np.float32)[fold]
         step = max(1, _VALUES_PER_CHUNK // self._vocab_size)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
@@ -199,8 +229,7 @@ class _Writer:
             softmax /= softmax.sum(axis=1, keepdims=True)
             sums = sums + (of_fold[part].T @ softmax).astype(np.float64)
             on_share(min(1.0, (start + step) / len(hidden)))
-        counts = np.maximum(np.bincount(fold, minlength=2), 1)
-        return CalibrationSet(hidden, best, fold, sums / counts[:, None])
+        return CalibrationSet(hidden, best, fold, np.array(sums))
 
     def _on_share(self, stage: str) -> Callable[[float], None]:
         progress = self._progress
@@ -216,9 +245,9 @@ def _prompts(tokenizer: Any, num_positions: int) -> tuple[list[list[int]], np.nd
         texts += [encode(tokenizer, beginning) for beginning in beginnings]
         kinds += [number] * len(beginnings)
     ids = np.arange(len(texts))[:, None]
-    chosen = spread(ids, max(4, num_positions // _TOKENS_PER_PROMPT))[:, 0]
+    chosen = spread(ids, num_positions // _TOKENS_PER_PROMPT)[:, 0]
     _, fold = np.unique(np.array(kinds)[chosen], return_inverse=True)
-    return [texts[i] for i in chosen], fold % 2
+    return [texts[i] for i in chosen], fold % NUM_FOLDS
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 from mlx_flashhead.centroids import StoredCentroids
 from mlx_flashhead.kernels.probe_threshold import probe_threshold, probed
 
-_VALUES_PER_CHUNK = 1 << 23
+_VALUES_PER_CHUNK = 1 << 22
 
 
 def tail_level(
