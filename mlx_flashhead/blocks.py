@@ -57,6 +57,8 @@ def probed_count(num_clusters: int, num_probes: int) -> int:
 def least_probes(pinned: Iterable[int], num_clusters: int) -> int:
     """Return the least P with which every block has room for its pinned clusters.
 
+    It is at least their number, though blocks that round up may pass more than P.
+
     Args:
         pinned: Ids of the clusters that always pass.
         num_clusters: K, at least 1.
@@ -65,4 +67,5 @@ def least_probes(pinned: Iterable[int], num_clusters: int) -> int:
     in_block = Counter(cluster // CHUNK_SIZE % blocks for cluster in pinned)
     most = max(in_block.values(), default=1)
     # The least P whose quota is at least that many.
-    return (most - 1) * num_clusters // max(block_sizes(num_clusters)) + 1
+    of_fullest = (most - 1) * num_clusters // max(block_sizes(num_clusters)) + 1
+    return max(of_fullest, in_block.total())

@@ -94,7 +94,7 @@ def validate_arrays(config: FlashHeadConfig, weights: Mapping[str, mx.array]) ->
 
 def _check_pinned(config: FlashHeadConfig, bias: mx.array) -> None:
     """Check that the clusters with an infinite bias are always probed."""
-    pinned = np.flatnonzero(np.isinf(np.array(bias.astype(mx.float32))))
+    pinned = np.flatnonzero(np.isposinf(np.array(bias.astype(mx.float32))))
     if len(pinned) != config.num_pinned:
         raise ValueError(
             f"{len(pinned)} clusters are pinned; config.json has "
