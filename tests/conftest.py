@@ -32,9 +32,9 @@ def smollm2_4bit(smollm2, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_flashhead(smollm2, tmp_path_factory) -> Path:
-    """SmolLM2 as ``mlx_flashhead.convert -q`` makes it."""
+    """SmolLM2 as ``mlx_flashhead.convert -q`` makes it, calibrated in less time."""
     folder = tmp_path_factory.mktemp("converted") / "SmolLM2-FlashHead"
-    return convert(smollm2, folder, quantize=True).path
+    return convert(smollm2, folder, quantize=True, calibration_positions=1536).path
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +55,21 @@ def tiny_llama(tmp_path_factory) -> Path:
 def tiny_flashhead(tiny_llama) -> Path:
     """``tiny_llama`` with 26 clusters of 8, four of them probed for each token."""
     folder = tiny_llama.with_name("flashhead")
-    return convert(tiny_llama, folder, cluster_size=8, num_probes=4).path
+    options = {"cluster_size": 8, "num_probes": 4, "calibration_positions": 256}
+    return convert(tiny_llama, folder, **options).path
+
+
+@pytest.fixture(scope="session")
+def tiny_single_rows(tiny_llama) -> Path:
+    """``tiny_llama`` with a centroid for each of 203 rows, 16 of them probed."""
+    folder = tiny_llama.with_name("single-rows")
+    options = {"num_probes": 16, "calibration_positions": 256}
+    return convert(tiny_llama, folder, **options).path
 
 
 @pytest.fixture(scope="session")
 def tiny_all_probed(tiny_llama) -> Path:
     """``tiny_llama`` with every cluster probed: P = K."""
     folder = tiny_llama.with_name("all-probed")
-    return convert(tiny_llama, folder, cluster_size=8, num_probes=26).path
+    options = {"cluster_size": 8, "num_probes": 26, "calibrate": False}
+    return convert(tiny_llama, folder, **options).path

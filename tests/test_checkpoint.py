@@ -1,16 +1,10 @@
-"""What is on disk: config.json, the arrays' names, shapes and dtypes."""
-
-import json
+"""A checkpoint's arrays: what is accepted, and what is refused before it loads."""
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm
 import numpy as np
 import pytest
-import tiny
-from mlx.utils import tree_flatten
 
-from mlx_flashhead import checkpoint, convert
+from mlx_flashhead import checkpoint
 from mlx_flashhead.config import FlashHeadConfig, Quantization
 
 # V = 11 in 4 clusters of 3, slot 7 is padding; D = 64.
@@ -23,6 +17,7 @@ SETTINGS = {
     "vocab_size": 11,
     "hidden_size": 64,
     "cluster_size": 3,
+    "centroid_dims": 32,
     "num_probes": 2,
     "num_pinned": 1,
     "dtype": "float16",
@@ -30,17 +25,24 @@ SETTINGS = {
     "centroids": Quantization(4, 32),
     "has_bias": True,
 }
+# The same rows, a centroid for each; two are pinned.
+SINGLE_ROWS = {"cluster_size": 1, "num_pinned": 2}
 
 
-def arrays(rows: Quantization | None) -> dict[str, mx.array]:
+def arrays(rows: Quantization | None, cluster_size: int = 3) -> dict[str, mx.array]:
     """Return a valid checkpoint, made with MLX alone."""
+    num_clusters, num_slots = (4, 12) if cluster_size == 3 else (11, 11)
+    bias = mx.zeros((num_clusters,), mx.float16)
+    bias[: 1 if cluster_size == 3 else 2] = mx.inf
     weights = {
-        "weight": mx.ones((12, 64), mx.float16),
-        "cluster_tokens": mx.array(TOKENS),
-        "token_slots": mx.array(SLOTS),
-        "centroids.bias": mx.zeros((4,)),
+        "weight": mx.ones((num_slots, 64), mx.float16),
+        "centroids.bias": bias,
+        "centroids.projection": mx.zeros((33, 64), mx.float16),
         "bias": mx.zeros((11,), mx.float16),
     }
+    if cluster_size == 3:
+        weights["cluster_tokens"] = mx.array(TOKENS)
+        weights["token_slots"] = mx.array(SLOTS)
 
     def pack(prefix: str, floats: mx.array, packing: Quantization) -> None:
         packed = mx.quantize(
@@ -52,7 +54,8 @@ def arrays(rows: Quantization | None) -> dict[str, mx.array]:
         for name, array in zip(("weight", "scales", "biases"), packed, strict=False):
             weights[f"{prefix}{name}"] = array
 
-    pack("centroids.", mx.ones((4, 64), mx.float16), SETTINGS["centroids"])
+    centroids = mx.ones((num_clusters, 32), mx.float16)
+    pack("centroids.", centroids, SETTINGS["centroids"])
     if rows is not None:
         pack("", weights["weight"], rows)
     return {f"a.head.{name}": array for name, array in weights.items()} | {
@@ -71,9 +74,10 @@ ROWS = [
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_valid_arrays_are_accepted_and_each_is_needed(rows):
-    config = FlashHeadConfig(**SETTINGS | {"rows": rows})
-    weights = arrays(rows)
+@pytest.mark.parametrize("changes", [{}, SINGLE_ROWS], ids=["three", "one"])
+def test_valid_arrays_are_accepted_and_each_is_needed(rows, changes):
+    config = FlashHeadConfig(**SETTINGS | changes | {"rows": rows})
+    weights = arrays(rows, config.cluster_size)
 
     checkpoint.validate_arrays(config, weights)
 
@@ -104,6 +108,7 @@ def test_all_missing_arrays_are_named():
         ("cluster_tokens", mx.int32),
         ("token_slots", mx.uint64),
         ("centroids.bias", mx.uint8),
+        ("centroids.projection", mx.int8),
     ],
 )
 def test_wrong_kinds_are_refused(name, dtype):
@@ -133,85 +138,51 @@ def test_maps_must_be_inverse():
         checkpoint.validate_arrays(FlashHeadConfig(**SETTINGS), weights)
 
 
-def test_config_keeps_the_base_models_keys():
-    base = {"model_type": "llama", "hidden_size": 64, "text_config": {"x": 1}}
-    config = FlashHeadConfig(**SETTINGS)
+@pytest.mark.parametrize(
+    ("changes", "pinned", "sentence"),
+    [
+        ({}, [], "0 clusters are pinned; config.json has num_pinned=1"),
+        ({}, [0, 2], "2 clusters are pinned; config.json has num_pinned=1"),
+        (SINGLE_ROWS, [4], "1 clusters are pinned; config.json has num_pinned=2"),
+    ],
+)
+def test_as_many_clusters_are_pinned_as_the_settings_say(changes, pinned, sentence):
+    config = FlashHeadConfig(**SETTINGS | changes)
+    weights = arrays(None, config.cluster_size)
+    bias = np.zeros(config.num_clusters, np.float16)
+    bias[pinned] = np.inf
+    weights["a.head.centroids.bias"] = mx.array(bias)
 
-    changed = checkpoint.model_config(base, config)
-
-    assert base["model_type"] == "llama"
-    assert changed.pop("model_type") == "flashhead"
-    assert changed.pop("flashhead") == config.to_json()
-    assert changed == {"hidden_size": 64, "text_config": {"x": 1}}
+    with pytest.raises(ValueError, match=sentence):
+        checkpoint.validate_arrays(config, weights)
 
 
-def test_the_head_leaves_the_per_layer_quantization():
-    layers = {"bits": 4, "group_size": 64, "a.head": {"bits": 6}, "a.up": {"bits": 2}}
-    base = {
-        "model_type": "llama",
-        "quantization": layers,
-        "quantization_config": dict(layers),
+def test_a_score_that_is_minus_infinity_pins_nothing():
+    """A float16 bias can overflow where a dense head shuts a token out by its own."""
+    weights = arrays(None)
+    weights["a.head.centroids.bias"][3] = -mx.inf
+
+    checkpoint.validate_arrays(FlashHeadConfig(**SETTINGS), weights)
+
+
+def test_pinned_clusters_of_one_block_need_room_in_it():
+    """8,193 clusters make two blocks, of 4,097 and 4,096; the first chunk is in one."""
+    sizes = {"vocab_size": 8193, "cluster_size": 1, "hidden_size": 2}
+    sizes |= {"centroid_dims": 1, "centroids": None, "has_bias": False}
+    bias = mx.zeros((8193,), mx.float16)
+    bias[:5] = mx.inf
+    weights = {
+        "a.head.weight": mx.zeros((8193, 2)),
+        "a.head.centroids.weight": mx.zeros((8193, 1)),
+        "a.head.centroids.bias": bias,
+        "a.head.centroids.projection": mx.zeros((2, 2)),
     }
 
-    changed = checkpoint.model_config(base, FlashHeadConfig(**SETTINGS))
+    def validate(num_probes):
+        changes = {"num_pinned": 5, "num_probes": num_probes}
+        config = FlashHeadConfig(**SETTINGS | sizes | changes)
+        checkpoint.validate_arrays(config, weights)
 
-    expected = {"bits": 4, "group_size": 64, "a.up": {"bits": 2}}
-    assert changed["quantization"] == expected
-    assert changed["quantization_config"] == expected
-    assert "a.head" in layers
-
-
-def test_settings_are_read_back():
-    config = FlashHeadConfig(**SETTINGS)
-
-    text = json.dumps(checkpoint.model_config({"model_type": "llama"}, config))
-
-    assert checkpoint.read_config(json.loads(text)) == config
-
-
-@pytest.mark.parametrize("values", [{}, {"flashhead": None}, {"flashhead": [1]}])
-def test_absent_settings_are_refused(values):
-    with pytest.raises(ValueError, match='no "flashhead" object'):
-        checkpoint.read_config(values)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_names_on_disk_are_pinned(tied, tmp_path):
-    """Folders that people published must stay readable."""
-    source = tiny.write_folder(tmp_path / "source", tied=tied)
-    convert(source, tmp_path / "target", cluster_size=8, head_bits=4)
-
-    path = "model.embed_tokens" if tied else "lm_head"
-    found = {
-        name.removeprefix(f"{path}."): (array.dtype, array.shape)
-        for name, array in tiny.read_weights(tmp_path / "target").items()
-        if name.startswith(path)
-    }
-    assert found == {
-        "weight": (mx.uint32, (208, 8)),
-        "scales": (mx.float32, (208, 1)),
-        "biases": (mx.float32, (208, 1)),
-        "cluster_tokens": (mx.uint32, (26, 8)),
-        "token_slots": (mx.uint32, (203,)),
-        "centroids.weight": (mx.uint32, (26, 8)),
-        "centroids.scales": (mx.float32, (26, 1)),
-        "centroids.biases": (mx.float32, (26, 1)),
-        "centroids.bias": (mx.float32, (26,)),
-    }
-
-
-def test_adapters_and_training_leave_the_head_alone(tiny_flashhead):
-    """Index maps have no gradient: only the body is trainable."""
-    model, _ = mlx_lm.load(str(tiny_flashhead))
-
-    trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    assert trainable
-    assert not [name for name in trainable if name.startswith("lm_head")]
-
-    def loss(model):
-        # More positions than are probed: training takes the dense path.
-        return model(mx.arange(40)[None]).square().mean()
-
-    _, gradients = nn.value_and_grad(model, loss)(model)
-    norms = [float(g.square().sum()) for _, g in tree_flatten(gradients)]
-    assert max(norms) > 0
+    validate(8)
+    with pytest.raises(ValueError, match="num_probes=7 must be at least 8, so that"):
+        validate(7)
