@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_flashhead.clustering import cluster_rows, weighted_centroids
+from mlx_flashhead.clustering import cluster_rows
 
 
 def gaussian_rows(vocab_size, depth, seed=0):
@@ -259,47 +259,3 @@ def test_cluster_rows_counts_rows_that_are_not_finite(value):
 
     with pytest.raises(ValueError, match="2 of 30 rows"):
         cluster_rows(rows, cluster_size=4)
-
-
-def test_weighted_centroids_are_the_weighted_means():
-    rows = gaussian_rows(11, 5)
-    tokens = np.array([[3, 0, 7, 9], [1, 10, 2, 4], [5, 6, 8, 11]], dtype=np.uint32)
-    prior = np.random.default_rng(2).uniform(1e-6, 1.0, 11).astype(np.float32)
-
-    actual = weighted_centroids(rows, tokens, prior)
-
-    assert actual.dtype == np.float32
-    for cluster, members in enumerate(tokens.tolist()):
-        kept = [token for token in members if token < 11]
-        weights = np.sqrt(prior[kept].astype(np.float64))
-        expected = weights @ rows[kept].astype(np.float64) / weights.sum()
-        np.testing.assert_allclose(actual[cluster], expected, rtol=0, atol=1e-6)
-
-
-def test_weighted_centroids_without_a_prior_are_plain_means():
-    rows = gaussian_rows(6, 4)
-    tokens = np.array([[0, 2, 4, 5], [1, 3, 6, 6]], dtype=np.uint32)
-
-    actual = weighted_centroids(rows, tokens, None)
-
-    expected = [rows[[0, 2, 4, 5]].mean(axis=0), rows[[1, 3]].mean(axis=0)]
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
-
-
-def test_weighted_centroids_do_not_depend_on_the_scale_of_the_prior():
-    rows = gaussian_rows(8, 4)
-    tokens = np.arange(8, dtype=np.uint32).reshape(2, 4)
-    prior = np.arange(1, 9, dtype=np.float32)
-
-    tiny = weighted_centroids(rows, tokens, prior * np.float32(1e-37))
-
-    expected = weighted_centroids(rows, tokens, prior)
-    np.testing.assert_allclose(tiny, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("prior", [np.ones(5), np.array([1, 1, 0, 1.0])])
-def test_weighted_centroids_refuse_a_prior_that_does_not_fit(prior):
-    tokens = np.arange(4, dtype=np.uint32).reshape(2, 2)
-
-    with pytest.raises(ValueError, match="prior has shape"):
-        weighted_centroids(gaussian_rows(4, 3), tokens, prior)

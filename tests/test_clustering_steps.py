@@ -1,9 +1,15 @@
-"""The steps of the clustering: similarity, balance, prior."""
+"""The steps of the clustering: similarity, balance, prior, sums."""
 
 import numpy as np
 import pytest
 
-from mlx_flashhead.clustering import similarity, token_prior
+from mlx_flashhead.clustering import centroids as cluster_sums
+from mlx_flashhead.clustering import (
+    prior_weights,
+    similarity,
+    token_prior,
+    weighted_sums,
+)
 from mlx_flashhead.clustering.balance import balance_clusters
 
 
@@ -112,3 +118,55 @@ def test_token_prior_of_skipped_tokens_only_is_flat():
 def test_token_prior_refuses_ids_outside_the_vocabulary(skip):
     with pytest.raises(ValueError, match=r"must be in \[0, 5\)"):
         token_prior(5, skip=skip)
+
+
+def test_prior_weights_are_the_priors_power():
+    prior = np.random.default_rng(2).uniform(1e-6, 1.0, 11).astype(np.float32)
+
+    weights = prior_weights(prior)
+
+    expected = prior.astype(np.float64) ** 0.75
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_prior_weights_do_not_depend_on_the_priors_scale(dtype):
+    prior = np.arange(1, 9, dtype=dtype)
+
+    tiny = prior_weights(prior * dtype(1e-37))
+
+    np.testing.assert_allclose(tiny, prior_weights(prior), rtol=1e-5)
+
+
+def test_prior_weights_of_very_unlikely_tokens_are_positive():
+    weights = prior_weights(np.array([1.0, 1e-300]))
+
+    assert weights[1] > 0
+    assert weights[0] == 1
+
+
+@pytest.mark.parametrize(
+    "prior", [np.array([1, 1, 0, 1.0]), np.array([1, -1.0]), np.array([1, np.nan])]
+)
+def test_prior_weights_refuse_what_is_not_positive(prior):
+    with pytest.raises(ValueError, match="positive"):
+        prior_weights(prior)
+
+
+# Chunks of one cluster, of two, and one for all.
+@pytest.mark.parametrize("rows_per_chunk", [1, 8, 4096])
+def test_weighted_sums_equal_brute_force(rows_per_chunk, monkeypatch):
+    monkeypatch.setattr(cluster_sums, "_ROWS_PER_CHUNK", rows_per_chunk)
+    rng = np.random.default_rng(4)
+    rows = rng.standard_normal((11, 5), dtype=np.float32)
+    weights = rng.uniform(0, 1, 11).astype(np.float32)
+    tokens = np.array([[3, 0, 7, 9], [1, 10, 2, 4], [5, 6, 8, 11]], dtype=np.uint32)
+
+    sums = weighted_sums(rows, tokens, weights)
+
+    assert sums.dtype == np.float32
+    for actual, members in zip(sums, tokens.tolist(), strict=True):
+        kept = [token for token in members if token < 11]
+        expected = weights[kept].astype(np.float64) @ rows[kept].astype(np.float64)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
