@@ -5,13 +5,19 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+import tiny
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from mlx_flashhead import convert, replace_head
 
 PROMPT = [17, 90, 33, 121, 8, 64]
-SETTINGS = {"cluster_size": 8, "num_probes": 4, "centroid_bits": 8, "seed": 3}
+CLUSTERS = {"cluster_size": 8, "num_probes": 4, "centroid_bits": 8, "seed": 3}
+SINGLE_ROWS = {"num_probes": 16, "centroid_bits": 8, "seed": 3}
+QUICK = {"calibration_positions": 256}
+both_kinds = pytest.mark.parametrize(
+    "settings", [CLUSTERS, SINGLE_ROWS], ids=["clusters", "single rows"]
+)
 
 
 def arrays_of(module: nn.Module) -> dict[str, np.ndarray]:
@@ -32,12 +38,16 @@ def source(request, tiny_llama, tmp_path):
     return folder
 
 
-def test_result_is_that_of_converting_with_the_same_settings(source, tmp_path):
+@both_kinds
+@pytest.mark.parametrize("calibration", [QUICK, {"calibrate": False}], ids=str)
+def test_result_is_that_of_converting_with_the_same_settings(
+    source, settings, calibration, tmp_path
+):
     model, tokenizer = mlx_lm.load(str(source))
-    convert(source, tmp_path / "converted", **SETTINGS)
+    convert(source, tmp_path / "converted", **settings, **calibration)
     converted, _ = mlx_lm.load(str(tmp_path / "converted"))
 
-    replaced = replace_head(model, tokenizer, **SETTINGS)
+    replaced = replace_head(model, tokenizer, **settings, **calibration)
 
     assert replaced is model
     ours, theirs = arrays_of(model), arrays_of(converted)
@@ -51,7 +61,7 @@ def test_result_is_that_of_converting_with_the_same_settings(source, tmp_path):
 def test_settings_are_respected(source):
     model, tokenizer = mlx_lm.load(str(source))
 
-    head = replace_head(model, tokenizer, head_bits=8, **SETTINGS).lm_head
+    head = replace_head(model, tokenizer, head_bits=8, **CLUSTERS, **QUICK).lm_head
 
     assert head.config.num_clusters == 26
     assert head.config.num_probes == 4
@@ -61,61 +71,89 @@ def test_settings_are_respected(source):
     assert head.weight.shape == (26 * 8, 16)
 
 
-def test_rows_of_the_source_are_moved_bit_for_bit(source):
+def test_without_settings_every_row_has_a_2_bit_centroid(source):
+    model, tokenizer = mlx_lm.load(str(source))
+
+    head = replace_head(model, tokenizer, **QUICK).lm_head
+
+    assert head.config.num_clusters == 203
+    assert "cluster_tokens" not in head
+    assert head.centroids.rows.quantization.bits == 2
+    # 64 values of 2 bits are 4 words.
+    assert head.centroids.weight.shape == (203, 4)
+
+
+@both_kinds
+def test_rows_of_the_source_are_moved_bit_for_bit(source, settings):
     model, tokenizer = mlx_lm.load(str(source))
     before = arrays_of(model.lm_head)
 
-    head = replace_head(model, tokenizer, **SETTINGS).lm_head
+    head = replace_head(model, tokenizer, calibrate=False, **settings).lm_head
 
-    slots = np.array(head.token_slots)
+    slots = np.array(head.slots(mx.arange(203)))
     for name, array in before.items():
         np.testing.assert_array_equal(np.array(head[name])[slots], array)
 
 
-def test_seed_changes_the_clusters_and_nothing_else(source):
+@pytest.mark.parametrize(("cluster_size", "num_probes"), [(1, 203), (8, 26)])
+def test_seed_changes_the_coarse_stage_and_nothing_else(
+    source, cluster_size, num_probes
+):
     heads = []
     for seed in (0, 0, 1):
         model, tokenizer = mlx_lm.load(str(source))
-        replace_head(model, tokenizer, cluster_size=8, num_probes=26, seed=seed)
+        settings = {"cluster_size": cluster_size, "num_probes": num_probes}
+        replace_head(model, tokenizer, seed=seed, **settings, **QUICK)
         heads.append(model.lm_head)
 
-    clusters = [np.array(head.cluster_tokens) for head in heads]
-    np.testing.assert_array_equal(clusters[0], clusters[1])
-    assert not np.array_equal(clusters[0], clusters[2])
+    of_seeds = [arrays_of(head) for head in heads]
+    changed = "cluster_tokens" if cluster_size > 1 else "centroids.weight"
+    for name in (changed, "centroids.projection"):
+        np.testing.assert_array_equal(of_seeds[0][name], of_seeds[1][name])
+        assert not np.array_equal(of_seeds[0][name], of_seeds[2][name])
     # Every cluster probed: the logits know nothing of the clusters.
     hidden = mx.random.normal((1, 64), key=mx.random.key(0))
     np.testing.assert_allclose(heads[0](hidden), heads[2](hidden), atol=1e-4)
 
 
-def test_all_clusters_probed_changes_no_token(source):
+@pytest.mark.parametrize(("cluster_size", "num_probes"), [(1, 203), (8, 26)])
+def test_all_clusters_probed_changes_no_token(source, cluster_size, num_probes):
     model, tokenizer = mlx_lm.load(str(source))
     expected = generated(model)
 
-    replace_head(model, tokenizer, cluster_size=8, num_probes=26)
+    settings = {"cluster_size": cluster_size, "num_probes": num_probes}
+    replace_head(model, tokenizer, calibrate=False, **settings)
 
     assert generated(model) == expected
 
 
-def test_end_and_special_tokens_are_always_probed(source):
+@pytest.mark.parametrize("cluster_size", [1, 2])
+def test_end_and_special_tokens_are_always_probed(source, cluster_size):
     model, tokenizer = mlx_lm.load(str(source))
+    ends = set(tiny.SPECIAL_TOKENS)
 
-    head = replace_head(model, tokenizer, cluster_size=2, num_probes=5).lm_head
+    settings = {"cluster_size": cluster_size, "num_probes": 5}
+    head = replace_head(model, tokenizer, **settings, **QUICK).lm_head
 
-    pinned = np.array(head.cluster_tokens)[: head.config.num_pinned]
-    ends = set(tokenizer.eos_token_ids) | set(tokenizer.all_special_ids)
-    assert ends <= set(pinned.reshape(-1).tolist())
-    assert head.config.num_pinned == -(-len(ends) // 2)
+    assert ends >= set(tokenizer.eos_token_ids) | set(tokenizer.all_special_ids)
+    assert head.config.num_pinned == 4 // cluster_size
+    is_pinned = np.isposinf(np.array(head.centroids.bias))
+    assert is_pinned.sum() == head.config.num_pinned
+    clusters = np.array(head.slots(mx.array(sorted(ends)))) // cluster_size
+    assert is_pinned[clusters].all()
+    hidden = 50 * mx.random.normal((20, 64), key=mx.random.key(0))
+    probed = np.array(head.probed_tokens(hidden))
+    assert probed[:, sorted(ends)].all()
 
 
-def test_tied_embedding_still_embeds(tmp_path):
-    import tiny
-
+@both_kinds
+def test_tied_embedding_still_embeds(settings, tmp_path):
     folder = tiny.write_folder(tmp_path / "tied", tied=True)
     model, tokenizer = mlx_lm.load(str(folder))
     token_ids = mx.arange(203)[None]
     embedded, logits = model.model.embed_tokens(token_ids), model(token_ids)
 
-    replace_head(model, tokenizer, **SETTINGS)
+    replace_head(model, tokenizer, calibrate=False, **settings)
 
     assert bool(mx.array_equal(model.model.embed_tokens(token_ids), embedded))
     # 203 positions: the dense path.
@@ -124,11 +162,11 @@ def test_tied_embedding_still_embeds(tmp_path):
 
 def test_second_call_is_refused_and_changes_nothing(source):
     model, tokenizer = mlx_lm.load(str(source))
-    replace_head(model, tokenizer, **SETTINGS)
+    replace_head(model, tokenizer, calibrate=False, **CLUSTERS)
     expected = generated(model)
 
     with pytest.raises(ValueError, match="has a FlashHead already, at lm_head"):
-        replace_head(model, tokenizer, **SETTINGS)
+        replace_head(model, tokenizer, **CLUSTERS)
 
     assert generated(model) == expected
 
@@ -136,22 +174,42 @@ def test_second_call_is_refused_and_changes_nothing(source):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cluster_size": 0}, "cluster_size=0 must be in"),
-        ({"cluster_size": 204}, "cluster_size=204 must be in"),
-        ({"num_probes": 0}, "num_probes=0 must be in"),
-        ({"num_probes": 14}, "num_probes=14 must be in"),
-        ({"head_bits": 7}, "head_bits=7 must be"),
-        ({"centroid_bits": 5}, "centroid_bits=5 must be"),
+        ({"cluster_size": 0}, "cluster_size=0 must be at least 1"),
+        ({"cluster_size": 204}, r"cluster_size=204 must be in \[1, 203\]"),
+        ({"num_probes": 0}, r"num_probes=0 must be in \[4, 203\]"),
+        # Four special tokens have a cluster each.
+        ({"num_probes": 3}, r"num_probes=3 must be in \[4, 203\]"),
+        ({"num_probes": 204}, r"num_probes=204 must be in \[4, 203\]"),
+        ({"num_probes": 14, "cluster_size": 16}, r"num_probes=14 must be in \[1, 13\]"),
+        ({"head_bits": 7}, "head_bits=7 must be one of source, 4, 5"),
+        ({"centroid_bits": 5}, "centroid_bits=5 must be one of 2, 4, 8, 16"),
+        ({"sampling": "greedy"}, "sampling='greedy' must be one of deterministic"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        *(
+            ({"target_recall": recall}, f"target_recall={recall} must lie between")
+            for recall in (0, 1, 1.5, -0.1, float("nan"))
+        ),
+        ({"calibration_positions": 10}, "calibration_positions=10 must be at least"),
+        ({"calibration_positions": 255}, "calibration_positions=255 must be at least"),
+        (
+            {"calibrate": False, "calibration_texts": ["a.txt"]},
+            "calibration_texts are given, but calibrate is off",
+        ),
     ],
     ids=str,
 )
 def test_setting_out_of_range_leaves_the_model_as_it_was(tiny_llama, settings, message):
     model, tokenizer = mlx_lm.load(str(tiny_llama))
+    stages = []
 
     with pytest.raises(ValueError, match=message):
-        replace_head(model, tokenizer, **settings)
+        replace_head(
+            model, tokenizer, progress=lambda *report: stages.append(report), **settings
+        )
 
     assert type(model.lm_head) is nn.Linear
+    # Not after minutes of work.
+    assert stages == []
 
 
 def test_settings_are_documented_by_name():
@@ -161,9 +219,28 @@ def test_settings_are_documented_by_name():
 
 def test_progress_runs_from_start_to_end(tiny_llama):
     model, tokenizer = mlx_lm.load(str(tiny_llama))
-    shares = []
+    reports = []
 
-    replace_head(model, tokenizer, progress=lambda _, share: shares.append(share))
+    replace_head(
+        model,
+        tokenizer,
+        cluster_size=8,
+        progress=lambda *report: reports.append(report),
+        **QUICK,
+    )
 
-    assert shares == sorted(shares)
-    assert 0 <= shares[0] < shares[-1] == 1.0
+    # The mean cosine is part of the clustering's name.
+    stages = [stage.split(",")[0] for stage, _ in reports]
+    assert list(dict.fromkeys(stages)) == [
+        "Calibrating: continuing 2 prompts",
+        "Calibrating: the dense head's answers to prompts",
+        "Calibrating: continuing 8 random tokens",
+        "Calibrating: the dense head's answers to random tokens",
+        "Clustering rows into 26 clusters",
+        "Fitting centroids",
+    ]
+    for wanted in set(stages):
+        named = zip(stages, reports, strict=True)
+        shares = [share for stage, (_, share) in named if stage == wanted]
+        assert shares == sorted(shares)
+        assert shares[0] >= 0 and shares[-1] == 1.0
