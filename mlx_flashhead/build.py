@@ -108,20 +108,18 @@ def build_head(
         base_model_type: ``model_type`` of its model.
         progress: Called with what is being done and the share of it done, 0 to 1.
     """
-    report = progress or (lambda stage, share: None)
     stored = _stored_rows(dense, options)
     id_prior = token_prior(len(rows), skip=vocabulary.unlikely)
     known = known_from(calibration, id_prior)
     stage = _coarse_stage(dense, rows, stored, vocabulary, known, options, progress)
-    report("Fitting centroids", 0.0)
+    if progress:
+        progress("Fitting centroids", 0.0)
     centroids = stage.centroids(known)
-    report("Fitting centroids", 1 / 3)
-    choice = _choose(stage, centroids, stored, calibration, id_prior, options)
+    choice = _choose(stage, centroids, stored, calibration, id_prior, options, progress)
     num_probes = options.num_probes or _default_probes(stage)
     if choice is not None:
         num_probes = choice.num_probes
         centroids = _with_tails(stage, centroids, num_probes, calibration)
-    report("Fitting centroids", 1.0)
     config = _config(dense, stored, stage, num_probes, base_model_type, options)
     return BuiltHead(_assemble(config, stored, stage, centroids, dense.bias), choice)
 
@@ -198,11 +196,17 @@ def _choose(
     calibration: Sequence[CalibrationSet],
     id_prior: np.ndarray,
     options: HeadOptions,
+    progress: Progress | None,
 ) -> ProbeChoice | None:
     """Choose P by held-out positions, or judge the one that was asked for."""
     if not calibration:
         return None
-    needed = stage.probes_needed(calibration, id_prior)
+
+    def on_share(share: float) -> None:
+        if progress:
+            progress("Fitting centroids", share)
+
+    needed = stage.probes_needed(calibration, id_prior, on_share)
     if options.num_probes is not None:
         return judge_probes(needed, options.num_probes)
     num_clusters = stage.num_clusters

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.calibration import CalibrationSet, probes_needed
+from mlx_flashhead.calibration import NUM_FOLDS, CalibrationSet, probes_needed
 from mlx_flashhead.centroids import ClusterMeans, StoredCentroids, store_centroids
 from mlx_flashhead.config import Quantization
 from mlx_flashhead.packing import slots_of_tokens
@@ -39,16 +39,16 @@ class Knowledge:
 def known_from(
     calibration: Sequence[CalibrationSet],
     id_prior: np.ndarray,
-    fold: int | None = None,
+    held_out: int | None = None,
 ) -> Knowledge:
-    """Gather what one fold of the calibration positions tells, or all of them.
+    """Gather what the calibration positions tell, all of them or all but a fold.
 
     The prior is the mean of the sets' mean softmax and of the guess from token ids.
     """
     guess = id_prior / id_prior.sum(dtype=np.float64)
     if not calibration:
         return Knowledge(None, guess)
-    sets = [positions.statistics(fold) for positions in calibration]
+    sets = [positions.statistics(held_out) for positions in calibration]
     prior = np.mean([*(s.token_probabilities for s in sets), guess], axis=0)
     return Knowledge(mean_statistics(sets), prior)
 
@@ -118,18 +118,22 @@ class CoarseStage:
         return centroids
 
     def probes_needed(
-        self, calibration: Sequence[CalibrationSet], id_prior: np.ndarray
+        self,
+        calibration: Sequence[CalibrationSet],
+        id_prior: np.ndarray,
+        on_share: Callable[[float], None],
     ) -> np.ndarray:
-        """Return the least P for each position, of centroids from the other fold.
+        """Return the least P for each position, of centroids from the other folds.
 
-        The clusters themselves, if C is more than 1, may have seen both folds.
+        The clusters themselves, if C is more than 1, may have seen all folds.
         """
         needed = []
         clusters = self.token_clusters
-        for fold in (0, 1):
-            centroids = self.centroids(known_from(calibration, id_prior, 1 - fold))
+        for fold in range(NUM_FOLDS):
+            centroids = self.centroids(known_from(calibration, id_prior, fold))
             for positions in calibration:
                 own = positions.fold == fold
                 best = clusters[positions.best_tokens[own]]
                 needed.append(probes_needed(centroids, positions.hidden[own], best))
+            on_share((fold + 1) / NUM_FOLDS)
         return np.concatenate(needed)

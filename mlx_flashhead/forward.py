@@ -83,8 +83,12 @@ def exchanged_head(
 
         return product
 
-    with exchanged_projections(model, exchange):
-        yield
+    try:
+        with exchanged_projections(model, exchange):
+            yield
+    finally:
+        # The classes made for the layers are garbage in cycles, collected late.
+        weights.clear()
 
 
 @contextmanager

@@ -51,18 +51,18 @@ class CalibrationSet:
         hidden: ``(N, D)``, float32.
         best_tokens: Arg max of the dense head, ``(N,)``.
         fold: 0 to 3, ``(N,)``.
-        token_probabilities: Sums of softmaxes of each fold, ``(4, V)``, float64.
+        softmax_sums: Sums of softmaxes over each fold, ``(4, V)``, float64.
     """
 
     hidden: np.ndarray
     best_tokens: np.ndarray
     fold: np.ndarray
-    token_probabilities: np.ndarray
+    softmax_sums: np.ndarray
 
     def statistics(self, held_out: int | None = None) -> HiddenStatistics:
         """Return the statistics of all positions, or of all but one fold's."""
         is_in = self.fold != held_out
-        sums = self.token_probabilities[np.arange(NUM_FOLDS) != held_out].sum(axis=0)
+        sums = self.softmax_sums[np.arange(NUM_FOLDS) != held_out].sum(axis=0)
         return hidden_statistics(self.hidden[is_in], sums / is_in.sum())
 
 
@@ -151,7 +151,7 @@ class _Writer:
                 [texts[i] for i in batch],
                 num_tokens,
                 start,
-                lambda share, done=done, size=size: on_share(done + share * size),
+                _scaled(on_share, done, size),
             )
             parts.append((hidden, fold[batch][owner]))
         hidden, owner = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -234,6 +234,13 @@ class _Writer:
     def _on_share(self, stage: str) -> Callable[[float], None]:
         progress = self._progress
         return (lambda share: progress(stage, share)) if progress else lambda _: None
+
+
+def _scaled(
+    on_share: Callable[[float], None], done: float, size: float
+) -> Callable[[float], None]:
+    """Return what reports shares of a part of the work as shares of all."""
+    return lambda share: on_share(done + share * size)
 
 
 def _prompts(tokenizer: Any, num_positions: int) -> tuple[list[list[int]], np.ndarray]:
