@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flashhead.attach import DenseHead
-from mlx_flashhead.calibration.prompts import PROMPTS
+from mlx_flashhead.calibration.beginnings import built_in_prompts, random_starts
 from mlx_flashhead.heads import dense_head
 from mlx_flashhead.positions import (
     WINDOW_LENGTH,
@@ -103,11 +103,12 @@ def sample_states(
     writer = _Writer(model, tokenizer, dense, rows, seed, progress)
     half = num_positions // 2
     count = half // _TOKENS_PER_RANDOM_START
-    starts = _random_starts(tokenizer, vocabulary, len(rows), count, seed)
+    starts = random_starts(tokenizer, vocabulary, len(rows), count, seed)
     if texts:
         first = writer.read(read_texts(texts), half)
     else:
-        first = writer.write(*_prompts(tokenizer, half), _TOKENS_PER_PROMPT, "prompts")
+        prompts, kind = built_in_prompts(tokenizer, half // _TOKENS_PER_PROMPT)
+        first = writer.write(prompts, kind % NUM_FOLDS, _TOKENS_PER_PROMPT, "prompts")
     return [
         first,
         writer.write(
@@ -241,42 +242,6 @@ def _scaled(
 ) -> Callable[[float], None]:
     """Return what reports shares of a part of the work as shares of all."""
     return lambda share: on_share(done + share * size)
-
-
-def _prompts(tokenizer: Any, num_positions: int) -> tuple[list[list[int]], np.ndarray]:
-    """Return token ids of built-in prompts, and folds that divide them by kind."""
-    texts, kinds = [], []
-    for number, (kind, beginnings) in enumerate(PROMPTS.items()):
-        is_chat = kind.startswith("chat") and tokenizer.has_chat_template
-        encode = _chat if is_chat else _encoded
-        texts += [encode(tokenizer, beginning) for beginning in beginnings]
-        kinds += [number] * len(beginnings)
-    ids = np.arange(len(texts))[:, None]
-    chosen = spread(ids, num_positions // _TOKENS_PER_PROMPT)[:, 0]
-    _, fold = np.unique(np.array(kinds)[chosen], return_inverse=True)
-    return [texts[i] for i in chosen], fold % NUM_FOLDS
-
-
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text))
-
-
-def _chat(tokenizer: Any, message: str) -> list[int]:
-    """Return the token ids of a user's message and of the start of the answer."""
-    messages = [{"role": "user", "content": message}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-
-
-def _random_starts(
-    tokenizer: Any, vocabulary: Vocabulary, vocab_size: int, count: int, seed: int
-) -> list[list[int]]:
-    """Return texts of one random token, behind what the model wants to start with."""
-    start = _encoded(tokenizer, "")
-    if not start and tokenizer.has_chat_template:
-        start = _chat(tokenizer, "Write a text.")
-    usable = np.setdiff1d(np.arange(vocab_size), list(vocabulary.unlikely))
-    chosen = np.random.default_rng(seed).choice(usable, count, count > len(usable))
-    return [[*start, int(token)] for token in chosen]
 
 
 def _before_the_end(
