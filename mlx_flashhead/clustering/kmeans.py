@@ -41,13 +41,14 @@ def cluster_rows(
     num_iterations: int = 6,
     prior: np.ndarray | None = None,
     pinned_tokens: Iterable[int] = (),
+    centred: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Clustering:
     """Group the rows of a head by direction into clusters of one size.
 
-    Spherical k-means (Dhillon & Modha, 2001) on the rows without their common mean,
-    which changes no softmax, with a balanced assignment in each iteration.
+    Spherical k-means (Dhillon & Modha, 2001) with a balanced assignment in each
+    iteration.
 
     Args:
         rows: The head's rows, ``(V, D)``, float32, finite.
@@ -57,6 +58,7 @@ def cluster_rows(
         prior: Expected frequency of each token, ``(V,)``, positive. It chooses the
             tokens which fill up the last pinned cluster. None: low ids first.
         pinned_tokens: Ids of the tokens to be kept in the pinned clusters.
+        centred: Cluster the rows without their common mean, which changes no softmax.
         seed: Of the rows which the centroids start from.
         progress: Called with the share of work done, in [0, 1], and with the mean
             cosine where an iteration has just ended, otherwise None.
@@ -76,7 +78,7 @@ def cluster_rows(
     pinned = _fill_pinned(pinned, num_pinned * cluster_size, vocab_size, prior)
     others = np.setdiff1d(np.arange(vocab_size), pinned)
 
-    directions = _directions(rows, others)
+    directions = _directions(rows, others, centred)
     members, mean_cosines = _kmeans(
         directions, cluster_size, num_iterations, np.random.default_rng(seed), progress
     )
@@ -125,13 +127,13 @@ def _fill_pinned(
     return np.sort(np.append(pinned, others[: num_slots - len(pinned)]))
 
 
-def _directions(rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Return the unit rows of ``tokens`` without their mean, a copy."""
+def _directions(rows: np.ndarray, tokens: np.ndarray, centred: bool) -> np.ndarray:
+    """Return the rows of ``tokens``, without their mean if wanted, at length 1."""
     bad = np.count_nonzero(~np.isfinite(rows).all(axis=1))
     if bad:
         raise ValueError(f"{bad} of {len(rows)} rows hold NaN or infinity.")
     directions = rows[tokens]
-    if len(tokens):
+    if centred and len(tokens):
         directions -= directions.mean(axis=0, dtype=np.float64).astype(np.float32)
     return _normalise(directions)
 
