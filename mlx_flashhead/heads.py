@@ -39,10 +39,17 @@ class Head:
 
 
 def probing_head(flash: FlashHead, num_probes: int | None = None) -> Head:
-    """Return a FlashHead, never on its dense path, at its own or at other probes."""
-    if num_probes is not None:
-        flash = copy.copy(flash)
-        flash.config = replace(flash.config, num_probes=num_probes)
+    """Return a FlashHead, never on its dense path, at its own or at other probes.
+
+    It takes the best clusters, even where the model draws them at random: one draw
+    tells nothing about the distribution that draws add up to.
+    """
+    flash = copy.copy(flash)
+    flash.config = replace(
+        flash.config,
+        num_probes=num_probes or flash.config.num_probes,
+        sampling="deterministic",
+    )
 
     def logits(hidden: mx.array) -> mx.array:
         parts = [flash.logits(part) for part in probed_parts(flash, hidden)]

@@ -1,8 +1,8 @@
 """``mlx_flashhead.evaluate`` against NumPy's float64 answers on tiny models."""
 
-import json
 import math
-import sys
+import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -10,18 +10,26 @@ import numpy as np
 import oracles
 import pytest
 import tiny
+from evaluated import (
+    RANDOM,
+    TEXT,
+    assert_figures,
+    capped,
+    expected_figures,
+    softmax,
+    source_head,
+    text_positions,
+)
 from mlx_lm.generate import generate_step
 
 from mlx_flashhead import convert, load
-from mlx_flashhead.cli import evaluate_main
+from mlx_flashhead.clustering import cluster_rows
 from mlx_flashhead.evaluation import evaluate
 from mlx_flashhead.evaluation.comparison import share_of
-from mlx_flashhead.forward import hidden_states
-from mlx_flashhead.head import FlashHead
+from mlx_flashhead.measure import head_bytes
 
-RANDOM = np.random.default_rng(3)
-TEXT = " ".join(f"word{i}" for i in RANDOM.integers(100, 190, 300))
-KINDS = "llama", "gemma2", "phi"
+# Untied; tied, the logits capped; with a bias. In clusters and without.
+KINDS = ("llama", 8), ("gemma2", 1), ("phi", 8), ("phi", 1)
 
 
 @pytest.fixture
@@ -33,71 +41,31 @@ def text(tmp_path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Pairs of source and converted folder, tied or not, with and without a bias."""
+    """Pairs of source and converted folder."""
     pairs = {}
-    for kind in KINDS:
+    for kind, cluster_size in KINDS:
         source = tmp_path_factory.mktemp(kind) / "source"
         tiny.write_folder(source, kind, tied=kind == "gemma2")
         target = source.with_name("converted")
-        convert(source, target, cluster_size=8, num_probes=5, head_bits=8)
-        pairs[kind] = source, target
+        convert(
+            source,
+            target,
+            cluster_size=cluster_size,
+            # Four of them are pinned.
+            num_probes=6,
+            head_bits=8,
+            calibrate=False,
+        )
+        pairs[kind, cluster_size] = source, target
     return pairs
 
 
-def softmax(logits):
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
+@pytest.mark.parametrize(("kind", "cluster_size"), KINDS)
+def test_figures_against_its_own_rows(kind, cluster_size, folders, text):
+    _, converted = folders[kind, cluster_size]
+    head, hidden, next_tokens = text_positions(converted)
 
-
-def capped(kind, logits):
-    """What gemma2 does to its head's logits; ``tiny`` has it cap them at 2."""
-    return 2 * np.tanh(logits / 2) if kind == "gemma2" else logits
-
-
-def text_positions(folder):
-    """Return the model's head, and the text's hidden states and next tokens."""
-    model, tokenizer = load(folder)
-    head = next(m for m in model.modules() if isinstance(m, FlashHead))
-    ids = np.array(tokenizer.encode(TEXT, add_special_tokens=False))
-    windows = ids[: len(ids) // 64 * 64].reshape(-1, 64)
-    hidden = hidden_states(model, head.config.head_path, mx.array(windows[:, :-1]))
-    return head, hidden, windows[:, 1:].reshape(-1)
-
-
-def expected_figures(truth, logits, next_tokens, is_exact=None):
-    """Return the figures from float64 logits ``(N, V)``."""
-    p, q = softmax(truth), softmax(logits)
-    best = truth.argmax(axis=1)
-    rows = np.arange(len(best))
-    order = np.argsort(-logits, axis=1, kind="stable")
-    places = np.argmax(order == best[:, None], axis=1)
-    figures = {
-        "agreement": (places == 0).mean(),
-        "top3": (places < 3).mean(),
-        "top10": (places < 10).mean(),
-        "kl_divergence": (p * np.log(p / q)).sum(axis=1).mean(),
-        "total_variation": np.abs(p - q).sum(axis=1).mean() / 2,
-        "perplexity": math.exp(-np.log(q[rows, next_tokens]).mean()),
-    }
-    if is_exact is not None:
-        figures["recall"] = is_exact[rows, best].mean()
-        figures["exact_mass"] = (q * is_exact).sum(axis=1).mean()
-        figures["truth_exact_mass"] = (p * is_exact).sum(axis=1).mean()
-    return figures
-
-
-def assert_figures(figures, expected):
-    for name, value in expected.items():
-        actual = getattr(figures, name)
-        actual = getattr(actual, "value", actual)
-        assert actual == pytest.approx(value, rel=1e-4, abs=1e-6), name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_figures_against_its_own_rows(kind, folders, text):
-    head, hidden, next_tokens = text_positions(folders[kind][1])
-
-    result = evaluate(folders[kind][1], texts=[text], num_positions=10_000)
+    result = evaluate(converted, texts=[text], num_positions=10_000)
 
     truth = capped(kind, oracles.dense_logits(head, hidden))
     logits, is_exact = oracles.flash_logits(head, hidden)
@@ -111,15 +79,12 @@ def test_figures_against_its_own_rows(kind, folders, text):
     assert trial.truth_perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_figures_against_the_reference(kind, folders, text):
-    source, converted = folders[kind]
+@pytest.mark.parametrize(("kind", "cluster_size"), KINDS)
+def test_figures_against_the_reference(kind, cluster_size, folders, text):
+    source, converted = folders[kind, cluster_size]
     head, hidden, next_tokens = text_positions(converted)
-    weights = tiny.read_weights(source)
-    name = "model.embed_tokens" if kind == "gemma2" else "lm_head"
-    rows = weights[f"{name}.weight"]
-    packed = mx.quantize(rows, group_size=64, bits=4)
-    bias = np.array(weights[f"{name}.bias"], np.float64) if kind == "phi" else 0
+    rows, bias = source_head(source, kind)
+    packed = mx.quantize(mx.array(rows, mx.float32), group_size=64, bits=4)
 
     result = evaluate(converted, reference=str(source), texts=[text])
 
@@ -141,6 +106,9 @@ def test_figures_against_the_reference(kind, folders, text):
     ):
         expected = expected_figures(truth, values, next_tokens, exact)
         assert_figures(found.figures, expected)
+    dense = capped(kind, oracles.dense_logits(head, hidden))
+    expected = expected_figures(dense, capped(kind, logits), next_tokens, is_exact)
+    assert_figures(own.heads[0].figures, expected)
     assert last.truth_bytes_per_token == 203 * 64 * 4
     # Eight bits and a scale and a bias, both float32, for each row of 64.
     bias_bytes = 4 * 203 if kind == "phi" else 0
@@ -178,17 +146,92 @@ def test_default_positions_are_the_models_own_text(tiny_flashhead):
     assert first.trials[0].truth_perplexity != other.trials[0].truth_perplexity
 
 
-def test_sweep_reaches_the_dense_product(tiny_flashhead, text):
-    result = evaluate(tiny_flashhead, texts=[text], num_positions=63, sweep=True)
+@pytest.mark.parametrize(("kind", "cluster_size"), KINDS)
+def test_sweep_is_the_head_with_other_probes(kind, cluster_size, folders, text):
+    source, converted = folders[kind, cluster_size]
+    head, hidden, next_tokens = text_positions(converted)
+    rows, bias = source_head(source, kind)
 
-    counts = [head.num_probes for head in result.sweep]
-    recalls = [head.figures.recall.value for head in result.sweep]
-    read = [head.bytes_per_token for head in result.sweep]
-    assert counts == [1, 2, 4, 8]
-    assert recalls == sorted(recalls)
-    assert recalls[0] < recalls[-1]
-    assert read == sorted(set(read))
-    assert result.sweep[2].figures == result.trials[0].heads[0].figures
+    result = evaluate(converted, reference=str(source), texts=[text], sweep=True)
+
+    truth = capped(kind, np.array(hidden, np.float64) @ rows.T + bias)
+    own = head.config
+    size = own.num_clusters
+    # Halvings, less what leaves no room for the pinned clusters.
+    counts = sorted(
+        {-(-size // 2**n) for n in range(1, 9)} - set(range(own.num_pinned))
+        | {own.num_probes}
+    )
+    assert [found.num_probes for found in result.sweep] == counts
+    for found in result.sweep:
+        head.config = replace(own, num_probes=found.num_probes)
+        logits, is_exact = oracles.flash_logits(head, hidden)
+        logits = capped(kind, logits)
+        expected = expected_figures(truth, logits, next_tokens, is_exact)
+        assert_figures(found.figures, expected)
+        assert found.bytes_per_token == head_bytes(head).read_per_token
+
+
+@pytest.mark.parametrize(("kind", "cluster_size"), KINDS)
+def test_the_papers_method_is_unit_centroids_and_nothing_else(
+    kind, cluster_size, folders, text
+):
+    source, converted = folders[kind, cluster_size]
+    head, hidden, next_tokens = text_positions(converted)
+    rows, bias = source_head(source, kind)
+    clusters = cluster_rows(
+        rows.astype(np.float32), cluster_size=16, centred=False, seed=3
+    ).cluster_tokens
+
+    result = evaluate(
+        converted, reference=str(source), texts=[text], sweep=True, seed=3
+    )
+
+    states = np.array(hidden, np.float64)
+    truth = capped(kind, states @ rows.T + bias)
+    stored = capped(kind, oracles.dense_logits(head, hidden))
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    sums = np.array([units[c[c < 203]].sum(axis=0) for c in clusters])
+    sums /= np.linalg.norm(sums, axis=1, keepdims=True)
+    packed = mx.quantize(mx.array(sums.astype(np.float32)), group_size=64, bits=4)
+    scores = states @ np.array(mx.dequantize(*packed, group_size=64, bits=4)).T
+    order = np.argsort(-scores, axis=1)
+    cluster_of = np.empty(203, int)
+    for cluster, tokens in enumerate(clusters):
+        cluster_of[tokens[tokens < 203]] = cluster
+    assert [found.num_probes for found in result.paper] == [1, 2, 4, 7]
+    for found in result.paper:
+        chosen = order[:, : found.num_probes]
+        is_read = (cluster_of[:, None] == chosen[:, None, :]).any(axis=2)
+        logits = np.where(is_read, stored, -np.inf)
+        with np.errstate(divide="ignore"):
+            expected = expected_figures(truth, logits, next_tokens, is_read)
+        del expected["top3"], expected["top10"]
+        assert expected["kl_divergence"] == math.inf
+        assert_figures(found.figures, expected)
+        # Centroids, rows of 8 bits with two float32 scales, the map, the bias.
+        row = 64 + 8 + 4
+        bias_bytes = 4 * 203 if kind == "phi" else 0
+        assert found.bytes_per_token == (
+            13 * (32 + 8) + found.num_probes * 16 * (row - 4) + 13 * 16 * 4 + bias_bytes
+        )
+
+
+def test_uncentred_clusters_are_of_directions():
+    rows = RANDOM.normal(size=(203, 64)).astype(np.float32) + 2
+    longer = rows * RANDOM.uniform(1, 9, size=(203, 1)).astype(np.float32)
+
+    same, centred = (
+        [
+            cluster_rows(r, cluster_size=16, centred=c).cluster_tokens
+            for r in (rows, longer)
+        ]
+        for c in (False, True)
+    )
+
+    assert np.array_equal(*same)
+    assert not np.array_equal(*centred)
+    assert not np.array_equal(same[0], centred[0])
 
 
 def test_all_probed_is_the_dense_product(tiny_all_probed, text):
@@ -227,101 +270,18 @@ def test_wilson_interval(hits, total, low, high):
     assert share.high == pytest.approx(high, abs=1e-4)
 
 
-def test_command_prints_draws_and_writes(tiny_flashhead, tiny_llama, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    plot, data = tmp_path / "out.png", tmp_path / "out.json"
-    argv = ["--model", str(tiny_flashhead), "--reference", str(tiny_llama)]
-    argv += ["--num-positions", "40", "--plot", str(plot), "--json", str(data)]
-
-    status = evaluate_main(argv)
-
-    streams = capsys.readouterr()
-    found = json.loads(data.read_text("utf-8"))
-    agreement = found["trials"][1]["heads"][0]["figures"]["agreement"]
-    lines = streams.out.splitlines()
-    assert status == 0
-    assert streams.err == ""
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert sorted(tmp_path.iterdir()) == [data, plot]
-    assert f"{agreement['value'] * 100:.1f} [" in streams.out
-    assert len(found["sweep"]) == 4
-    assert all(len(li) <= 80 for li in lines if str(tiny_llama) not in li)
-
-
-BAD_OPTIONS = [
-    (["--num-positions", "0"], "num_positions=0 must be at least 1"),
-    (["--num-positions", "-5"], "num_positions=-5 must be at least 1"),
-    (["--seed", "-1"], "seed=-1 must be at least 0"),
-    (["--text", "{tmp}/absent.txt"], "absent.txt is no file"),
-    (["--text", "{tmp}"], "is no file"),
-    (["--text", "{tmp}/empty.txt"], "empty.txt has 0 tokens"),
-    (["--text", "{tmp}/binary.txt"], "binary.txt is no UTF-8 text"),
-    (
-        ["--text", "{tmp}/a.txt", "--text", "{tmp}/a.txt", "--num-positions", "1"],
-        "num_positions=1 must be at least 2",
-    ),
-    (["--reference", "{tmp}/absent"], "neither a folder"),
-    (["--reference", "{tmp}/other"], "is 203 x 32, this model's 203 x 64"),
-    (["--json", "{tmp}/absent/out.json"], "absent is no folder"),
-    (["--json", "{tmp}"], "is a folder; name a file"),
-    (["--plot", "{tmp}/absent/out.png"], "absent is no folder"),
-    (["--plot", "{tmp}/out.zzz"], "out.zzz has no suffix that names a kind"),
-    (["--plot", "{tmp}/out"], "out has no suffix that names a kind"),
-]
-
-
-@pytest.mark.parametrize(("options", "pattern"), BAD_OPTIONS)
-def test_bad_option(options, pattern, tiny_flashhead, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("word90 word91", "utf-8")
-    (tmp_path / "empty.txt").write_text("", "utf-8")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    tiny.write_folder(tmp_path / "other", hidden_size=32)
-    options = [option.replace("{tmp}", str(tmp_path)) for option in options]
-    before = sorted(tmp_path.rglob("*"))
-
-    status = evaluate_main(["--model", str(tiny_flashhead), *options])
-
-    streams = capsys.readouterr()
-    assert status == 1
-    assert streams.out == ""
-    assert streams.err.startswith("error: ")
-    assert streams.err.count("\n") == 1
-    assert pattern in streams.err
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_plain_model_is_refused(tiny_llama, capsys):
-    assert evaluate_main(["--model", str(tiny_llama)]) == 1
-    assert "is not a FlashHead model" in capsys.readouterr().err
-
-
-def test_without_matplotlib_nothing_is_measured(
-    tiny_flashhead, tmp_path, capsys, monkeypatch
+def test_a_model_that_draws_is_measured_with_the_best_clusters(
+    tiny_flashhead, tmp_path, text
 ):
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    plot = tmp_path / "out.png"
+    drawing = shutil.copytree(tiny_flashhead, tmp_path / "drawing")
 
-    status = evaluate_main(["--model", str(tiny_flashhead), "--plot", str(plot)])
+    def draw(config):
+        config["flashhead"]["sampling"] = "corrected"
 
-    streams = capsys.readouterr()
-    assert status == 1
-    assert streams.out == ""
-    assert streams.err.startswith("error: The plot needs matplotlib")
-    assert streams.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    tiny.edit_config(drawing, draw)
 
+    results = [evaluate(m, texts=[text]) for m in (tiny_flashhead, drawing)]
 
-def test_a_failed_write_leaves_nothing(tiny_flashhead, tmp_path, capsys, monkeypatch):
-    def savefig(self, path, **_):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
-    argv = ["--model", str(tiny_flashhead), "--num-positions", "8"]
-
-    status = evaluate_main([*argv, "--plot", str(tmp_path / "out.png")])
-
-    assert status == 1
-    assert capsys.readouterr().err == "error: No space left on device\n"
-    assert not list(tmp_path.iterdir())
+    assert results[0].trials == results[1].trials
+    assert "not a corrected draw" in results[1].table()
+    assert "the best clusters" not in results[0].table()

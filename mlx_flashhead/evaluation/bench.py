@@ -9,15 +9,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_flashhead.blocks import probed_count
 from mlx_flashhead.build import Progress
 from mlx_flashhead.evaluation.compare import (
-    compare_heads,
+    Contest,
+    compare_contests,
     finished_logits,
     parts_of,
 )
+from mlx_flashhead.evaluation.paper import PAPER, paper_method
 from mlx_flashhead.evaluation.results import HeadResult, Trial
+from mlx_flashhead.evaluation.sweep import Method, compare_probes
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.heads import Head, after_head, probing_head
+from mlx_flashhead.heads import Head, after_head
 from mlx_flashhead.positions import (
     CONTINUATION_LENGTH,
     Positions,
@@ -61,74 +65,68 @@ class Bench:
         on_share = self._stage("Running the model's body")
         return positions_in(self._model, self._path, token_ids, num_given, on_share)
 
-    def trial(
-        self,
-        truth_name: str,
-        truth: Head,
-        heads: Sequence[Head],
-        positions: Positions,
-        prompts: np.ndarray | None = None,
-    ) -> Trial:
-        """Compare heads with the truth at positions, and as greedy texts if asked."""
-        loss, results = self._compared(
-            truth, heads, positions, self._stage(f"Comparing with {truth_name}")
+    def trials(self, contests: Sequence[Contest], positions: Positions) -> list[Trial]:
+        """Compare heads with truths."""
+        stage = self._stage(
+            f"Comparing heads on {len(positions.next_tokens)} positions"
         )
-        if prompts is not None:
-            firsts = self._first_differences(truth, heads, prompts)
+        compared = compare_contests(contests, positions, self._finish, stage)
+        trials = []
+        for contest, (loss, figures) in zip(contests, compared, strict=True):
             results = [
-                replace(result, first_differences=first)
-                for result, first in zip(results, firsts, strict=True)
+                HeadResult(head.name, head.bytes_per_token, own)
+                for head, own in zip(contest.heads, figures, strict=True)
             ]
-        return Trial(truth_name, loss, truth.bytes_per_token, results)
+            truth_bytes = contest.truth.bytes_per_token
+            trials.append(Trial(contest.truth_name, loss, truth_bytes, results))
+        return trials
 
-    def sweep(
-        self, truth: Head, positions: Positions, counts: Sequence[int]
-    ) -> list[HeadResult]:
-        """Compare FlashHead with the truth at several numbers of probes."""
-        results = []
-        stage = self._stage(f"Trying {len(counts)} numbers of probes")
-        for number, num_probes in enumerate(counts):
-            head = probing_head(self.flash, num_probes)
-            _, (result,) = self._compared(truth, [head], positions, lambda share: None)
-            stage((number + 1) / len(counts))
-            results.append(replace(result, num_probes=num_probes))
-        return results
-
-    def _compared(
-        self,
-        truth: Head,
-        heads: Sequence[Head],
-        positions: Positions,
-        on_share: Callable[[float], None],
-    ) -> tuple[float, list[HeadResult]]:
-        """Return the truth's perplexity and each head's figures."""
-        loss, found = compare_heads(truth, heads, positions, self._finish, on_share)
-        results = [
-            HeadResult(head.name, head.bytes_per_token, figures)
-            for head, figures in zip(heads, found, strict=True)
-        ]
-        return loss, results
-
-    def _first_differences(
-        self, truth: Head, heads: Sequence[Head], prompts: np.ndarray
-    ) -> list[list[int | None]]:
-        """Return where each head's greedy texts leave the truth's, head by head.
+    def with_greedy_texts(
+        self, trial: Trial, contest: Contest, prompts: np.ndarray
+    ) -> Trial:
+        """Add where each head's greedy texts leave the truth's.
 
         Up to its first difference a greedy text is the truth's, so the truth's hidden
         states tell where that is: no head but the truth has to write.
         """
-        texts = self.continued(truth, prompts, CONTINUATION_LENGTH, 0.0)
+        texts = self.continued(contest.truth, prompts, CONTINUATION_LENGTH, 0.0)
         written = self.positions(texts, prompts.shape[1])
         shape = (len(prompts), CONTINUATION_LENGTH)
         stage = self._stage("Comparing greedy texts")
         # Not the tokens written one by one, whose last bits may differ.
-        right = self._tokens(truth, written.hidden)
-        firsts: list[list[int | None]] = []
-        for head in heads:
+        right = self._tokens(contest.truth, written.hidden)
+        results = []
+        for head, result in zip(contest.heads, trial.heads, strict=True):
             differs = (self._tokens(head, written.hidden) != right).reshape(shape)
-            firsts.append([int(d.argmax()) if d.any() else None for d in differs])
-            stage(len(firsts) / len(heads))
-        return firsts
+            firsts = [int(d.argmax()) if d.any() else None for d in differs]
+            results.append(replace(result, first_differences=firsts))
+            stage(len(results) / len(contest.heads))
+        return replace(trial, heads=results)
+
+    def sweep(
+        self, method: Method, truth: Head, stored: Head, positions: Positions
+    ) -> list[HeadResult]:
+        """Compare a way to choose rows with the truth, at several numbers of probes."""
+        count = len(method.counts)
+        stage = self._stage(f"{method.name}: trying {count} numbers of probes")
+        figures = compare_probes(truth, method, stored, positions, self._finish, stage)
+        num_clusters = method.head.config.num_clusters
+        return [
+            HeadResult(
+                method.name,
+                method.bytes_at(num_probes),
+                own,
+                probed_count(num_clusters, num_probes),
+            )
+            for num_probes, own in zip(method.counts, figures, strict=True)
+        ]
+
+    def paper_method(self, rows: np.ndarray) -> Method:
+        """Return the paper's method over the stored rows; it clusters ``rows``."""
+        stage = self._stage(f"{PAPER}: clustering {len(rows)} rows")
+        return paper_method(
+            self.flash, rows, seed=self._seed, on_clustering=lambda done, _: stage(done)
+        )
 
     def _tokens(self, head: Head, hidden: mx.array) -> np.ndarray:
         """Return the best token at each position, ``(N,)``."""

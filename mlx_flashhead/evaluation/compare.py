@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,21 @@ _VALUES_PER_CHUNK = 1 << 22
 Finish = Callable[[mx.array], mx.array]
 
 
+@dataclass(frozen=True)
+class Contest:
+    """Heads, and what is right.
+
+    Attributes:
+        truth_name: What to call the truth.
+        truth: What is right.
+        heads: What is compared with it.
+    """
+
+    truth_name: str
+    truth: Head
+    heads: Sequence[Head]
+
+
 def compare_heads(
     truth: Head,
     heads: Sequence[Head],
@@ -38,18 +54,44 @@ def compare_heads(
         finish: What the model does to its head's logits (``heads.after_head``).
         on_share: Called with the share done.
     """
-    tallies = [Tally() for _ in heads]
-    losses = []
-    for part, share in parts_of(len(positions.next_tokens), truth.vocab_size):
+    contest = Contest("", truth, heads)
+    return compare_contests([contest], positions, finish, on_share)[0]
+
+
+def compare_contests(
+    contests: Sequence[Contest],
+    positions: Positions,
+    finish: Finish,
+    on_share: Callable[[float], None],
+) -> list[tuple[float, list[Comparison]]]:
+    """Return each truth's perplexity, and the figures of its heads.
+
+    Args:
+        contests: At least one. A head may occur in several: it is asked once.
+        positions: As in ``compare_heads``.
+        finish: As in ``compare_heads``.
+        on_share: As in ``compare_heads``.
+    """
+    tallies = [[Tally() for _ in contest.heads] for contest in contests]
+    losses: list[list[np.ndarray]] = [[] for _ in contests]
+    heads = {head for c in contests for head in (c.truth, *c.heads)}
+    vocab_size = contests[0].truth.vocab_size
+    for part, share in parts_of(len(positions.next_tokens), vocab_size):
         hidden, next_tokens = positions.hidden[part], positions.next_tokens[part]
-        right = Distributions(finished_logits(truth, hidden, finish))
-        losses.append(right.losses(next_tokens))
-        for head, tally in zip(heads, tallies, strict=True):
-            is_exact = head.exact_tokens and head.exact_tokens(hidden)
-            found = Distributions(finished_logits(head, hidden, finish))
-            tally.add(right, found, next_tokens, is_exact)
+        found, exact = {}, {}
+        for head in heads:
+            found[head] = Distributions(finished_logits(head, hidden, finish))
+            exact[head] = head.exact_tokens(hidden) if head.exact_tokens else None
+        for contest, own, loss in zip(contests, tallies, losses, strict=True):
+            right = found[contest.truth]
+            loss.append(right.losses(next_tokens))
+            for head, tally in zip(contest.heads, own, strict=True):
+                tally.add(right, found[head], next_tokens, exact[head])
         on_share(share)
-    return perplexity(np.concatenate(losses)), [tally.result() for tally in tallies]
+    return [
+        (perplexity(np.concatenate(loss)), [tally.result() for tally in own])
+        for loss, own in zip(losses, tallies, strict=True)
+    ]
 
 
 def finished_logits(head: Head, hidden: mx.array, finish: Finish) -> np.ndarray:

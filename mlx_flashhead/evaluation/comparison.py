@@ -50,9 +50,9 @@ class Comparison:
             for a dense head.
         top3: Share at which the truth's token is among its three best.
         top10: The same for ten.
-        kl_divergence: From the truth to it, nats.
+        kl_divergence: From the truth to it, nats; infinite if it leaves tokens out.
         total_variation: Half the sum of the probabilities' differences.
-        perplexity: Of the text under it.
+        perplexity: Of the text under it; infinite if it leaves one of its tokens out.
         exact_mass: Its probability on exactly scored rows; ``None`` for a dense head.
         truth_exact_mass: The truth's probability on the same rows.
     """
@@ -92,6 +92,8 @@ class Tally:
         """
         positions = np.arange(len(next_tokens))
         gap = truth.log_probabilities - head.log_probabilities
+        # What the truth holds impossible counts as zero, whatever the head says.
+        gap[truth.probabilities == 0] = 0
         difference = np.abs(truth.probabilities - head.probabilities)
         part = {
             "agrees": head.tokens == truth.tokens,

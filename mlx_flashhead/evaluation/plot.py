@@ -38,67 +38,91 @@ def draw_plot(evaluation: Evaluation, path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Not pyplot: it would choose a window system by the environment.
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     canvas_class(figure)
-    upper, lower = figure.subplots(2, sharex=True)
-    _draw_curves(upper, lower, evaluation)
-    _draw_dense(upper, lower, evaluation)
-    chosen = evaluation.trials[-1].heads[0]
-    label = f"as converted, {evaluation.num_probes} probes"
-    _draw_point(upper, lower, chosen, label, "o")
-    upper.set_ylabel("agreement, %")
-    lower.set_ylabel("KL divergence, nats")
-    lower.set_yscale("log")
-    lower.set_xscale("log")
-    lower.set_xlabel("MB of head read per token")
-    upper.set_title(
-        f"{Path(evaluation.model).name} against {evaluation.trials[-1].truth}\n"
-        f"{evaluation.num_positions} positions; band: 95 % confidence",
+    left, right = figure.subplots(1, 2)
+    trial = evaluation.trials[-1]
+    chosen, *dense = trial.heads
+    _draw_agreement(left, evaluation.sweep, "C0", "o-", "FlashHead")
+    _draw_agreement(left, evaluation.paper, "C1", "s--", "the paper's method")
+    _draw_divergence(right, evaluation)
+    for head, color in zip(dense, ("C2", "C3"), strict=False):
+        _draw_head(left, right, head, color, "D", head.name)
+    (read,) = _megabytes([chosen])
+    _draw_head(left, right, chosen, "C0", "*", f"as converted, {read:.1f} MB")
+    for axes in (left, right):
+        _draw_frame(axes, trial.truth_bytes_per_token / 1e6)
+    # Room for what is written at the upper edge.
+    low, high = right.get_ylim()
+    right.set_ylim(low, high * (high / low) ** 0.3)
+    left.set_ylabel("picks the truth's token, %")
+    right.set_ylabel("KL divergence from the truth, nats")
+    left.legend(loc="lower right", fontsize="small")
+    figure.suptitle(
+        f"{Path(evaluation.model).name} against {trial.truth}, "
+        f"{evaluation.num_positions} positions",
         fontsize="medium",
-        wrap=True,
     )
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    upper.legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
 
-def _draw_curves(upper: Any, lower: Any, evaluation: Evaluation) -> None:
-    """Draw FlashHead over its numbers of probes."""
-    sweep = evaluation.sweep
-    read = [_megabytes(head.bytes_per_token) for head in sweep]
-    shares = [head.figures.agreement for head in sweep]
-    upper.plot(read, [100 * s.value for s in shares], ".-", label="FlashHead")
-    low, high = [100 * s.low for s in shares], [100 * s.high for s in shares]
-    upper.fill_between(read, low, high, alpha=0.2)
-    lower.plot(read, [head.figures.kl_divergence for head in sweep], ".-")
+def _draw_agreement(
+    axes: Any, heads: list[HeadResult], color: str, style: str, label: str
+) -> None:
+    """Draw agreement over numbers of probes, with its confidence intervals."""
+    read = _megabytes(heads)
+    shares = [head.figures.agreement for head in heads]
+    values, low, high = (
+        [100 * getattr(share, name) for share in shares]
+        for name in ("value", "low", "high")
+    )
+    axes.plot(read, values, style, color=color, ms=4, label=label)
+    axes.fill_between(read, low, high, color=color, alpha=0.15, lw=0)
 
 
-def _draw_dense(upper: Any, lower: Any, evaluation: Evaluation) -> None:
-    """Mark the dense heads; the truth's divergence, zero, is below any log scale."""
-    trial = evaluation.trials[-1]
-    for head, marker in zip(trial.heads[1:], "sD^", strict=False):
-        _draw_point(upper, lower, head, head.name, marker)
-    for axes in (upper, lower):
-        axes.axvline(
-            _megabytes(trial.truth_bytes_per_token),
-            color="gray",
-            linestyle=":",
-            label="dense head",
-        )
+def _draw_divergence(axes: Any, evaluation: Evaluation) -> None:
+    """Draw the FlashHead's divergence; the paper's is off any scale."""
+    divergences = [head.figures.kl_divergence for head in evaluation.sweep]
+    axes.plot(_megabytes(evaluation.sweep), divergences, "o-", color="C0", ms=4)
+    axes.set_yscale("log")
+    read = _megabytes(evaluation.paper)
+    # At the upper edge, whatever the scale.
+    at_edge = axes.get_xaxis_transform()
+    axes.plot(read, [0.97] * len(read), "^", color="C1", ms=5, transform=at_edge)
+    axes.text(
+        read[0],
+        0.94,
+        "the paper's method: infinite, for it\nleaves out the tokens it does not read",
+        transform=at_edge,
+        color="C1",
+        fontsize="small",
+        va="top",
+    )
 
 
-def _draw_point(
-    upper: Any, lower: Any, head: HeadResult, label: str, marker: str
+def _draw_head(
+    left: Any, right: Any, head: HeadResult, color: str, marker: str, label: str
 ) -> None:
     """Mark one head in both panels."""
-    read, style = _megabytes(head.bytes_per_token), {"marker": marker, "s": 60}
-    points = upper.scatter(
-        read, 100 * head.figures.agreement.value, **style, label=label
-    )
-    lower.scatter(
-        read, head.figures.kl_divergence, **style, color=points.get_facecolor()
-    )
+    (read,), figures = _megabytes([head]), head.figures
+    style: dict[str, Any] = {"color": color, "marker": marker, "ls": "", "zorder": 3}
+    style |= {"ms": 14 if marker == "*" else 7, "mec": "black", "mew": 0.8}
+    left.plot(read, 100 * figures.agreement.value, **style, label=label)
+    right.plot(read, figures.kl_divergence, **style)
+
+
+def _draw_frame(axes: Any, truth_megabytes: float) -> None:
+    """Lay out the axis of bytes, and mark what the truth reads on it."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    label = f"the truth, {truth_megabytes:.1f} MB"
+    axes.axvline(truth_megabytes, color="gray", ls=":", label=label)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("MB of head read per token")
+    axes.grid(alpha=0.3)
 
 
 def _canvas_class() -> Any:
@@ -110,5 +134,5 @@ def _canvas_class() -> Any:
     return FigureCanvasAgg
 
 
-def _megabytes(size_bytes: int) -> float:
-    return size_bytes / 1e6
+def _megabytes(heads: list[HeadResult]) -> list[float]:
+    return [head.bytes_per_token / 1e6 for head in heads]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mlx_flashhead.evaluation.comparison import Comparison, Share
 
@@ -17,7 +19,7 @@ class HeadResult:
         name: What the head is.
         bytes_per_token: Bytes of head read for a token.
         figures: Its comparison with the truth, over all positions.
-        num_probes: Clusters probed, in a sweep.
+        num_probes: In a sweep, clusters probed, those that blocks add included.
         first_differences: For each greedy text, after how many tokens it leaves the
             truth's, ``None`` if it does not; ``None`` if none was written.
     """
@@ -54,11 +56,15 @@ class Evaluation:
         model: Folder or Hub id, as given.
         text: Where the positions come from.
         num_positions: Positions looked at.
-        num_probes: Clusters the model probes.
+        num_probes: Clusters the model probes, those that blocks add included.
         num_clusters: Clusters it has.
+        sampling: How it chooses them when it decodes; the best were taken here.
         trials: Comparisons with the dense product over its own rows and, last, with
             the reference's head if one was named.
-        sweep: FlashHead at other numbers of probes against the last trial's truth.
+        sweep: FlashHead at several numbers of probes, fewest first, against the last
+            trial's truth; empty if not asked for.
+        paper: The paper's method likewise. It leaves out the tokens that it does not
+            read, so its divergence and perplexity are infinite.
     """
 
     model: str
@@ -66,12 +72,14 @@ class Evaluation:
     num_positions: int
     num_probes: int
     num_clusters: int
+    sampling: str
     trials: list[Trial]
     sweep: list[HeadResult]
+    paper: list[HeadResult]
 
     def to_json(self) -> str:
-        """Return everything as a JSON object."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """Return everything as a JSON object; what is infinite is null."""
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def table(self) -> str:
         """Return the figures as lines of at most 80 columns, but for long names."""
@@ -80,11 +88,24 @@ class Evaluation:
             f"{self.num_positions} positions of {self.text}",
             "in brackets: 95 % confidence intervals",
         ]
+        if self.sampling != "deterministic":
+            lines.insert(1, f"the best clusters, not a {self.sampling} draw of them")
         for trial in self.trials:
             lines += ["", *_trial_lines(trial)]
         if self.sweep:
-            lines += ["", *_sweep_lines(self)]
+            lines += ["", f"against {self.trials[-1].truth}; * as converted"]
+            lines += _curve_lines(self.sweep, self.num_probes)
+            lines += _curve_lines(self.paper)
         return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with ``None`` for infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if value == math.inf else value
 
 
 def _trial_lines(trial: Trial) -> list[str]:
@@ -138,20 +159,19 @@ def _column(head: HeadResult) -> list[str]:
     ]
 
 
-def _sweep_lines(evaluation: Evaluation) -> list[str]:
-    """Return a line for each number of probes."""
+def _curve_lines(heads: list[HeadResult], chosen: int | None = None) -> list[str]:
+    """Return a line for each number of probes, the chosen one marked."""
     lines = [
-        f"against {evaluation.trials[-1].truth}; * as converted",
-        f"{'probes':>7} {'MB/token':>9}  {'recall %':<19}{'agreement %':<19}"
-        f"{'KL':>9}{'variation':>11}",
+        f"{heads[0].name:<15}{'MB/token':>9}  {'recall %':<18}{'agreement %':<18}"
+        f"{'KL':>7}{'TV':>8}"
     ]
-    for head in evaluation.sweep:
+    for head in heads:
         figures = head.figures
-        mark = "*" if head.num_probes == evaluation.num_probes else " "
+        mark = "*" if head.num_probes == chosen else " "
         lines.append(
-            f"{head.num_probes:>6}{mark} {head.bytes_per_token / 1e6:>9.2f}  "
-            f"{_share(figures.recall):<19}{_share(figures.agreement):<19}"
-            f"{figures.kl_divergence:>9.5f}{figures.total_variation:>11.5f}"
+            f"{head.num_probes:>7} probes{mark}{head.bytes_per_token / 1e6:>9.2f}  "
+            f"{_share(figures.recall):<18}{_share(figures.agreement):<18}"
+            f"{figures.kl_divergence:>7.4f}{figures.total_variation:>8.4f}"
         )
     return lines
 

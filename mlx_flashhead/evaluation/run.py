@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashhead.build import Progress
-from mlx_flashhead.config import FlashHeadConfig
 from mlx_flashhead.evaluation.bench import Bench
-from mlx_flashhead.evaluation.results import Evaluation
+from mlx_flashhead.evaluation.compare import Contest
+from mlx_flashhead.evaluation.results import Evaluation, HeadResult
+from mlx_flashhead.evaluation.sweep import own_method
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.heads import (
     Head,
@@ -34,7 +35,7 @@ from mlx_flashhead.positions import (
 )
 from mlx_flashhead.sample_text import SAMPLE_TEXT
 
-_POSITIONS_ON_CPU, _POSITIONS_ON_GPU = 512, 2048
+_POSITIONS_ON_CPU, _POSITIONS_ON_GPU = 1024, 2048
 _GREEDY_TEXTS = 16
 _OWN_ROWS = "all its own rows"
 
@@ -51,14 +52,18 @@ def evaluate(
 ) -> Evaluation:
     """Compare a FlashHead with dense heads on the hidden states of its own model.
 
+    A head that draws its clusters at random is measured with the best ones in their
+    place.
+
     Args:
         model: A converted model: folder or Hub id.
         reference: The model it was made from; adds comparisons with its float head.
         texts: UTF-8 text files to take positions from, in equal parts; default: the
             model's own continuations of built-in prompts.
-        num_positions: Positions at most; default 512, on a GPU 2048.
+        num_positions: Positions at most; default 1024, on a GPU 2048.
         seed: Of the continuations' sampling.
-        sweep: Measure at other numbers of probes as well.
+        sweep: Measure at other numbers of probes as well, and the paper's method over
+            the same rows, which takes a k-means of all of them.
         progress: Called with what is being done and the share of it done, 0 to 1.
 
     Returns:
@@ -79,48 +84,58 @@ def evaluate(
     contents = read_texts(texts)
     body, tokenizer = load(model)
     bench = Bench(body, seed, progress)
-    heads = _heads(bench.flash, reference)
-    truth = heads.pop(0)
+    rows = truth_rows(bench.flash, reference)
+    contests = _contests(bench.flash, rows, reference)
+    truth, stored = contests[-1].truth, contests[0].truth
     if contents:
-        token_ids, num_given = (
-            _text_windows(tokenizer, contents, texts, num_positions),
-            1,
-        )
-        prompts = token_ids[:, : PROMPT_LENGTH + 1]
+        token_ids = _text_windows(tokenizer, contents, texts, num_positions)
+        prompts, num_given = token_ids[:, : PROMPT_LENGTH + 1], 1
     else:
-        length = min(CONTINUATION_LENGTH, num_positions)
-        prompts = windows(tokenizer, SAMPLE_TEXT, PROMPT_LENGTH)
-        prompts = spread(prompts, num_positions // length)
-        token_ids = bench.continued(truth, prompts, length, TEMPERATURE)
+        token_ids, prompts = _own_texts(bench, tokenizer, truth, num_positions)
         num_given = prompts.shape[1]
     positions = bench.positions(token_ids, num_given)
     prompts = spread(prompts, min(len(prompts), _GREEDY_TEXTS))
-    trials = []
-    if reference:
-        # The rows as stored: what is lost then is lost by retrieval alone.
-        flash, stored = heads[:2]
-        trials.append(bench.trial(_OWN_ROWS, stored, [flash], positions))
-    counts = _probe_counts(bench.flash.config)
-    name = f"the head of {reference}" if reference else _OWN_ROWS
-    trials.append(bench.trial(name, truth, heads, positions, prompts))
+    trials = bench.trials(contests, positions)
+    trials[-1] = bench.with_greedy_texts(trials[-1], contests[-1], prompts)
+    curves: list[list[HeadResult]] = [[], []]
+    if sweep:
+        methods = own_method(bench.flash), bench.paper_method(rows)
+        curves = [bench.sweep(m, truth, stored, positions) for m in methods]
     return Evaluation(
         model=str(model),
         text=", ".join(map(str, texts)) or "its own continuations",
         num_positions=len(positions.next_tokens),
-        num_probes=bench.flash.config.num_probes,
+        num_probes=bench.flash.config.num_probed,
         num_clusters=bench.flash.config.num_clusters,
+        sampling=bench.flash.config.sampling,
         trials=trials,
-        sweep=bench.sweep(truth, positions, counts) if sweep else [],
+        sweep=curves[0],
+        paper=curves[1],
     )
 
 
-def _heads(flash: FlashHead, reference: str | None) -> list[Head]:
-    """Return the truth, then what is compared with it, the FlashHead first."""
-    rows, stored = truth_rows(flash, reference), stored_head(flash)
-    four_bit = dense_4bit_head(flash, rows)
+def _own_texts(
+    bench: Bench, tokenizer: Any, truth: Head, num_positions: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Let the model go on with built-in prompts; return all texts, and the prompts."""
+    length = min(CONTINUATION_LENGTH, num_positions)
+    prompts = windows(tokenizer, SAMPLE_TEXT, PROMPT_LENGTH)
+    prompts = spread(prompts, num_positions // length)
+    return bench.continued(truth, prompts, length, TEMPERATURE), prompts
+
+
+def _contests(
+    flash: FlashHead, rows: np.ndarray, reference: str | None
+) -> list[Contest]:
+    """Return what is compared: with its own rows and, last, with the reference's."""
+    stored, ours = stored_head(flash), probing_head(flash)
+    rival = dense_4bit_head(flash, rows)
     if reference is None:
-        return [stored, probing_head(flash), four_bit]
-    return [float_head(flash, rows), probing_head(flash), stored, four_bit]
+        return [Contest(_OWN_ROWS, stored, [ours, rival])]
+    # The rows as stored: what is lost then is lost by retrieval alone.
+    own = Contest(_OWN_ROWS, stored, [ours])
+    name = f"the head of {reference}"
+    return [own, Contest(name, float_head(flash, rows), [ours, stored, rival])]
 
 
 def _text_windows(
@@ -146,11 +161,3 @@ def _text_windows(
     parts = [windows(tokenizer, text, length) for text in contents]
     counts = [min(len(p), max(1, share // (p.shape[1] - 1))) for p in parts]
     return np.vstack([spread(p, n) for p, n in zip(parts, counts, strict=True)])
-
-
-def _probe_counts(config: FlashHeadConfig) -> list[int]:
-    """Return the powers of two up to half of all clusters, and the chosen P."""
-    lowest = max(1, config.num_pinned)
-    powers = [2**n for n in range(config.num_clusters.bit_length())]
-    usual = {n for n in powers if lowest <= n <= config.num_clusters // 2}
-    return sorted(usual | {config.num_probes})
