@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_flashhead.attach import DenseHead
 from mlx_flashhead.blocks import least_probes
-from mlx_flashhead.calibration import (
-    CalibrationSet,
-    ProbeChoice,
-    choose_probes,
-    judge_probes,
-    tail_level,
-)
+from mlx_flashhead.calibration import CalibrationSet, ProbeChoice
 from mlx_flashhead.centroids import StoredCentroids
 from mlx_flashhead.clustering import cluster_rows, token_prior
 from mlx_flashhead.coarse import (
@@ -32,20 +26,11 @@ from mlx_flashhead.packing import (
     PackedRows,
     affine,
     cluster_major,
-    dense_bytes,
     pack_rows,
     slots_of_tokens,
 )
-from mlx_flashhead.positions import spread
+from mlx_flashhead.tuning import fit
 from mlx_flashhead.vocabulary import Vocabulary
-
-# Fewer rows would do for the best token, but leave too much to the tails: with these
-# SmolLM2's full distribution is nearer to the float head's than a dense 4-bit head's.
-_LEAST_SHARE = 32
-# Without calibration nothing tells how many rows are enough.
-_UNCALIBRATED_SHARE = 16
-# Positions that the level of the tails is fitted on.
-_TAIL_POSITIONS = 256
 
 Progress = Callable[[str, float], None]
 
@@ -112,16 +97,16 @@ def build_head(
     id_prior = token_prior(len(rows), skip=vocabulary.unlikely)
     known = known_from(calibration, id_prior)
     stage = _coarse_stage(dense, rows, stored, vocabulary, known, options, progress)
-    if progress:
-        progress("Fitting centroids", 0.0)
-    centroids = stage.centroids(known)
-    choice = _choose(stage, centroids, stored, calibration, id_prior, options, progress)
-    num_probes = options.num_probes or _default_probes(stage)
-    if choice is not None:
-        num_probes = choice.num_probes
-        centroids = _with_tails(stage, centroids, num_probes, calibration)
-    config = _config(dense, stored, stage, num_probes, base_model_type, options)
-    return BuiltHead(_assemble(config, stored, stage, centroids, dense.bias), choice)
+
+    def on_share(share: float) -> None:
+        if progress:
+            progress("Fitting centroids", share)
+
+    on_share(0.0)
+    fitted = fit(stage, stored, calibration, id_prior, options, on_share)
+    config = _config(dense, stored, stage, fitted.num_probes, base_model_type, options)
+    head = _assemble(config, stored, stage, fitted.centroids, dense.bias)
+    return BuiltHead(head, fitted.choice)
 
 
 def _stored_rows(dense: DenseHead, options: HeadOptions) -> PackedRows:
@@ -179,61 +164,6 @@ def _coarse_stage(
         dtype=_float_dtype(dense, stored),
         seed=options.seed,
     )
-
-
-def _default_probes(stage: CoarseStage) -> int:
-    """Return P where neither the user nor calibration names it."""
-    share = -(-stage.num_clusters // _UNCALIBRATED_SHARE)
-    of_pinned = least_probes(stage.pinned, stage.num_clusters)
-    wanted = max(share + len(stage.pinned), of_pinned)
-    return min(wanted, stage.num_clusters)
-
-
-def _choose(
-    stage: CoarseStage,
-    centroids: StoredCentroids,
-    stored: PackedRows,
-    calibration: Sequence[CalibrationSet],
-    id_prior: np.ndarray,
-    options: HeadOptions,
-    progress: Progress | None,
-) -> ProbeChoice | None:
-    """Choose P by held-out positions, or judge the one that was asked for."""
-    if not calibration:
-        return None
-
-    def on_share(share: float) -> None:
-        if progress:
-            progress("Fitting centroids", share)
-
-    needed = stage.probes_needed(calibration, id_prior, on_share)
-    if options.num_probes is not None:
-        return judge_probes(needed, options.num_probes)
-    num_clusters = stage.num_clusters
-    of_pinned = least_probes(stage.pinned, num_clusters)
-    least = max(-(-num_clusters // _LEAST_SHARE), of_pinned)
-    cluster_bytes = stored.nbytes * options.cluster_size / stored.num_rows
-    coarse_bytes = centroids.rows.nbytes + centroids.bias.nbytes // 2
-    to_spend = dense_bytes(stage.rows.shape, stage.dtype) - coarse_bytes
-    most = max(least, min(num_clusters, int(to_spend / cluster_bytes)))
-    return choose_probes(needed, options.target_recall, least=least, most=most)
-
-
-def _with_tails(
-    stage: CoarseStage,
-    centroids: StoredCentroids,
-    num_probes: int,
-    calibration: Sequence[CalibrationSet],
-) -> StoredCentroids:
-    """Raise all scores, which changes tails and no choice."""
-    share = _TAIL_POSITIONS // len(calibration)
-    hidden = np.vstack(
-        [spread(c.hidden, min(share, len(c.hidden))) for c in calibration]
-    )
-    level = tail_level(
-        centroids, stage.token_clusters, num_probes, stage.rows, stage.head_bias, hidden
-    )
-    return replace(centroids, bias=centroids.bias + np.float32(level))
 
 
 def _config(
