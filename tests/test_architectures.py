@@ -37,9 +37,9 @@ CASES = [
     *((model_type, False) for model_type in ONLY_UNTIED),
 ]
 
-CLUSTER_SIZE = 8
-NUM_CLUSTERS = 26  # ceil(203 / 8): five slots of padding
-NUM_PROBES = 4
+# Clusters of 8 have five slots of padding.
+NUM_CLUSTERS = {1: 203, 8: 26}
+NUM_PROBES = {1: 24, 8: 4}
 PROMPT = [1, 17, 42, 150, 9]
 STEPS = [61, 198, 202, 7]
 
@@ -63,27 +63,38 @@ def probed_tokens(folder, hidden: np.ndarray) -> np.ndarray:
     """Return which tokens are probed, ``(N, V)``, from the folder's files alone."""
     config = json.loads((folder / "config.json").read_text("utf-8"))["flashhead"]
     arrays = tiny.read_weights(folder)
-    path = config["head_path"]
-    packed = (arrays[f"{path}.centroids.{n}"] for n in ("weight", "scales", "biases"))
+    path = f"{config['head_path']}.centroids"
+    packed = (arrays[f"{path}.{name}"] for name in ("weight", "scales", "biases"))
     packing = config["centroids"]
     floats = mx.dequantize(*packed, packing["group_size"], packing["bits"])
-    scores = hidden.astype(np.float64) @ np.array(floats).astype(np.float64).T
-    scores += np.array(arrays[f"{path}.centroids.bias"])
-    scores[:, : config["num_pinned"]] = np.inf
+    projected = hidden.astype(np.float64) @ np.array(arrays[f"{path}.projection"]).T
+    scores = projected[:, :-1] @ np.array(floats).astype(np.float64).T
+    scores += projected[:, -1:] + np.array(arrays[f"{path}.bias"])
     best = np.argsort(-scores, axis=1)[:, : config["num_probes"]]
-    tokens = np.array(arrays[f"{path}.cluster_tokens"])[best].reshape(len(hidden), -1)
+    if config["cluster_size"] > 1:
+        best = np.array(arrays[f"{config['head_path']}.cluster_tokens"])[best]
+    tokens = best.reshape(len(hidden), -1)
     is_probed = np.zeros((len(hidden), tiny.VOCAB_SIZE + 1), bool)
     np.put_along_axis(is_probed, tokens.astype(np.int64), True, axis=1)
     return is_probed[:, :-1]
 
 
+@pytest.mark.parametrize("cluster_size", NUM_CLUSTERS)
 @pytest.mark.parametrize(("model_type", "tied"), CASES)
 def test_converted_model_equals_its_base(
-    model_type, tied, tmp_path, capfd, monkeypatch
+    model_type, tied, cluster_size, tmp_path, capfd, monkeypatch
 ):
     source = tiny.write_folder(tmp_path / "source", model_type, tied=tied)
     target = tmp_path / "target"
-    result = convert(source, target, cluster_size=CLUSTER_SIZE, num_probes=NUM_CLUSTERS)
+    num_clusters = NUM_CLUSTERS[cluster_size]
+    result = convert(
+        source,
+        target,
+        cluster_size=cluster_size,
+        num_probes=num_clusters,
+        calibrate=cluster_size == 1,
+        calibration_positions=256,
+    )
     base, _ = mlx_lm.load(str(source))
     capfd.readouterr()
 
@@ -91,7 +102,7 @@ def test_converted_model_equals_its_base(
 
     assert tuple(capfd.readouterr()) == ("", "")
     assert type(flash) is type(base)
-    assert result.config.num_clusters == NUM_CLUSTERS
+    assert result.config.num_clusters == num_clusters
     assert result.config.tied == tied
     assert result.config.has_bias == (model_type in WITH_BIAS)
     calls = tiny.head_calls(monkeypatch)
@@ -101,7 +112,8 @@ def test_converted_model_equals_its_base(
     assert_within_rounding(logits_of(flash), expected)
 
     # The same folder with fewer probes: the steps are probed, the prompt is not.
-    tiny.edit_config(target, lambda c: c["flashhead"].update(num_probes=NUM_PROBES))
+    few_probes = {"num_probes": NUM_PROBES[cluster_size]}
+    tiny.edit_config(target, lambda c: c["flashhead"].update(few_probes))
     few = slice(len(PROMPT), None)
     step_logits = logits_of(mlx_lm.load(str(target))[0])[few]
 
@@ -114,7 +126,7 @@ def test_converted_model_equals_its_base(
 
 def test_gemma2_logits_are_soft_capped(tmp_path):
     source = tiny.write_folder(tmp_path / "source", "gemma2")
-    convert(source, tmp_path / "target", cluster_size=CLUSTER_SIZE)
+    convert(source, tmp_path / "target", calibration_positions=256)
 
     logits = logits_of(mlx_lm.load(str(tmp_path / "target"))[0])
 
