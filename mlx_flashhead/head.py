@@ -13,6 +13,7 @@ from mlx_flashhead.kernels.cluster_logits import cluster_logits
 from mlx_flashhead.kernels.probe_threshold import probe_threshold, probed
 from mlx_flashhead.kernels.projection import project
 from mlx_flashhead.packing import PackedRows
+from mlx_flashhead.sampling import drawn_logits, drawn_scores
 
 # Arrays that only clusters of several rows have.
 INDEX_MAPS = ("cluster_tokens", "token_slots")
@@ -62,6 +63,10 @@ class FlashHead(PackedModule):
     stays reachable and the softmax denominator stays nearly right. Calls with more
     than ``config.max_probed_positions`` positions take the dense path, and so does
     training (``model.train()``): choosing clusters has no gradient.
+
+    With another ``config.sampling`` than ``deterministic`` the clusters are drawn anew
+    for each position of each call, by the numbers that ``mx.random.seed`` leads to, and
+    tokens that were not drawn are all but out of reach (see ``sampling``).
 
     Args:
         config: Settings; shapes below are in its terms.
@@ -127,29 +132,53 @@ class FlashHead(PackedModule):
         return token_ids if token_slots is None else token_slots[token_ids]
 
     def probed_tokens(self, hidden: mx.array) -> mx.array:
-        """Return which tokens' clusters are scored exactly, ``(N, V)`` bool.
+        """Return which tokens' clusters are the best, ``(N, V)`` bool.
+
+        These are scored exactly, or would be if ``config.sampling`` drew none.
 
         Args:
             hidden: Hidden states, ``(N, D)``.
         """
-        centroid_logits, threshold = self._coarse_stage(hidden)
-        is_probed = probed(centroid_logits, threshold)
-        clusters = self.slots(mx.arange(self.config.vocab_size))
-        return mx.take(is_probed, clusters // self.config.cluster_size, axis=-1)
+        scores = self.centroids.logits(hidden)
+        is_probed = probed(scores, self._threshold(scores))
+        clusters = self._token_clusters()
+        return is_probed if clusters is None else mx.take(is_probed, clusters, axis=-1)
 
-    def _coarse_stage(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """Return centroid logits ``(N, K)`` and thresholds of the blocks ``(N, T)``."""
-        centroid_logits = self.centroids.logits(hidden)
-        threshold = probe_threshold(centroid_logits, num_probes=self.config.num_probes)
-        return centroid_logits, threshold
+    def _token_clusters(self) -> mx.array | None:
+        """Return the cluster of each token, ``(V,)``; ``None`` if C is 1."""
+        token_slots = self.get("token_slots")
+        return None if token_slots is None else token_slots // self.config.cluster_size
+
+    def _threshold(self, scores: mx.array) -> mx.array:
+        """Return the thresholds ``(N, T)`` of scores ``(N, K)``."""
+        return probe_threshold(scores, num_probes=self.config.num_probes)
 
     def _probed_logits(self, hidden: mx.array) -> mx.array:
-        """Run the three steps on ``(N, D)`` hidden states."""
-        centroid_logits, threshold = self._coarse_stage(hidden)
+        """Return logits ``(N, V)`` for hidden states ``(N, D)``, most rows not read."""
+        sampling = self.config.sampling
+        centroid_logits = self.centroids.logits(hidden)
+        if sampling == "deterministic":
+            threshold = self._threshold(centroid_logits)
+            return self._cluster_logits(hidden, centroid_logits, threshold)
+        scores = drawn_scores(centroid_logits, sampling)
+        threshold = self._threshold(scores)
+        return drawn_logits(
+            self._cluster_logits(hidden, scores, threshold),
+            centroid_logits,
+            scores,
+            probed(scores, threshold),
+            sampling=sampling,
+            token_clusters=self._token_clusters(),
+        )
+
+    def _cluster_logits(
+        self, hidden: mx.array, scores: mx.array, threshold: mx.array
+    ) -> mx.array:
+        """Run step 3: logits ``(N, V)``, the scores ``(N, K)`` where no row is read."""
         return cluster_logits(
             hidden,
             self.rows,
-            centroid_logits,
+            scores,
             threshold,
             num_probes=self.config.num_probes,
             vocab_size=self.config.vocab_size,
