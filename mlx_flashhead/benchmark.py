@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,48 +125,29 @@ def benchmark(
         )
     body, tokenizer = load(model)
     flash = next(m for m in body.modules() if isinstance(m, FlashHead))
-    path = flash.config.head_path
     rows = truth_rows(flash, reference)
     heads = _dense_heads(flash, rows, with_float=reference is not None)
-    # Hidden states come from the body with the truth's own embedding.
-    replace_module(body, path, _dense_module(flash, mx.array(rows), bits=16))
-    hidden = hidden_states(body, path, sample_windows(tokenizer))
-    truth = dense_tokens(hidden, rows, flash.get("bias"))
-    agreements = {
-        _dense_name(bits): dense_tokens(
-            hidden, rounded_rows(rows, bits), flash.get("bias")
-        )
-        for bits in _DENSE_BITS
-    }
-    agreements |= {_FLOAT: truth, _FLASHHEAD: head_tokens(flash, hidden)}
+    tokens = _picked_tokens(body, tokenizer, flash, rows)
     del rows
     prompt_ids = _encode(tokenizer, prompt)
-    speeds: dict[str, list[float]] = {name: [] for name in heads}
-    texts = {}
-    for trial in range(num_trials + 1):
-        for number, (name, head) in enumerate(heads.items()):
-            if progress:
-                done = (trial * len(heads) + number) / ((num_trials + 1) * len(heads))
-                progress(f"Decoding with the {name} head", done)
-            replace_module(body, path, head)
-            speed, tokens = _decode(body, prompt_ids, max_tokens)
-            texts[name] = _text(tokenizer, tokens)
-            if trial:
-                speeds[name].append(speed)
-    if progress:
-        progress("Decoding", 1.0)
+
+    def answer(head: nn.Module) -> tuple[float, list[int]]:
+        replace_module(body, flash.config.head_path, head)
+        return _decode(body, prompt_ids, max_tokens)
+
+    speeds, answers = _in_turn(answer, heads, num_trials, progress)
     return BenchmarkResult(
         heads=[
             HeadResult(
                 name=name,
                 tokens_per_second=statistics.median(speeds[name]),
-                agreement=float((agreements[name] == truth).mean()),
+                agreement=float((tokens[name] == tokens[_FLOAT]).mean()),
                 bytes_per_token=_bytes_read(head),
-                text=texts[name],
+                text=_text(tokenizer, answers[name]),
             )
             for name, head in heads.items()
         ],
-        num_positions=len(truth),
+        num_positions=len(tokens[_FLOAT]),
         num_tokens=max_tokens,
         num_trials=num_trials,
         truth=f"the head of {reference}" if reference else "all its own rows",
@@ -199,6 +181,47 @@ def _dense_module(flash: FlashHead, weight: mx.array, *, bits: int) -> nn.Module
     if packing is None:
         return layer
     return layer.to_quantized(packing.group_size, packing.bits)
+
+
+def _picked_tokens(
+    body: nn.Module, tokenizer: Any, flash: FlashHead, rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return each head's best tokens at the positions of built-in text, by its name.
+
+    Leaves the body with the float head.
+    """
+    path, bias = flash.config.head_path, flash.get("bias")
+    # Hidden states come from the body with the truth's own embedding.
+    replace_module(body, path, _dense_module(flash, mx.array(rows), bits=16))
+    hidden = hidden_states(body, path, sample_windows(tokenizer))
+    tokens = {
+        _dense_name(bits): dense_tokens(hidden, rounded_rows(rows, bits), bias)
+        for bits in _DENSE_BITS
+    }
+    tokens[_FLOAT] = dense_tokens(hidden, rows, bias)
+    tokens[_FLASHHEAD] = head_tokens(flash, hidden)
+    return tokens
+
+
+def _in_turn(
+    answer: Callable[[nn.Module], tuple[float, list[int]]],
+    heads: dict[str, nn.Module],
+    num_trials: int,
+    progress: Progress | None,
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Return each head's speeds, the first run's left out, and its answer, by name."""
+    report = progress or (lambda stage, share: None)
+    speeds: dict[str, list[float]] = {name: [] for name in heads}
+    answers = {}
+    for trial in range(num_trials + 1):
+        for number, (name, head) in enumerate(heads.items()):
+            done = (trial * len(heads) + number) / ((num_trials + 1) * len(heads))
+            report(f"Decoding with the {name} head", done)
+            speed, answers[name] = answer(head)
+            if trial:
+                speeds[name].append(speed)
+    report("Decoding", 1.0)
+    return speeds, answers
 
 
 def _encode(tokenizer: Any, prompt: str) -> mx.array:
