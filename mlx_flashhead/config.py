@@ -79,8 +79,10 @@ class FlashHeadConfig:
         has_bias: Whether the dense head adds a bias to the logits.
         sampling: How clusters are chosen: ``deterministic`` takes the best;
             ``stochastic`` draws them by their probability, as the paper does;
-            ``corrected`` weights what it draws, so that sampled tokens follow the
-            dense distribution.
+            ``corrected`` weights what it draws, so that tokens sampled at temperature
+            1 follow the dense distribution on average. Below 1, or where the model
+            scales or caps logits after the head, that is only roughly so; greedy
+            decoding is for ``deterministic``.
 
     Raises:
         ValueError: If a value is out of its range or two contradict each other.
