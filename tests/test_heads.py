@@ -8,7 +8,12 @@ from oracles import dense_logits, flash_logits, float_rows, head_shapes, random_
 
 from mlx_flashhead.config import Quantization
 from mlx_flashhead.evaluation.compare import compare_heads
-from mlx_flashhead.heads import dense_4bit_head, float_head, probing_head
+from mlx_flashhead.heads import (
+    dense_4bit_head,
+    float_head,
+    probing_head,
+    stored_head,
+)
 from mlx_flashhead.measure import head_bytes
 from mlx_flashhead.positions import Positions
 
@@ -94,3 +99,15 @@ def test_a_probing_head_may_have_other_probes():
     np.testing.assert_allclose(np.array(found.logits(hidden)), expected, atol=1e-4)
     assert found.bytes_per_token > head_bytes(head).read_per_token
     assert head.config.num_probes == 3
+
+
+@head_shapes
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_stored_rows_are_not_rounded_to_the_type_of_their_scales(dtype, shape):
+    head = random_head(rows=Quantization(8, 64), dtype=dtype, **shape)
+    hidden = random_hidden(5, D, mx.float32, seed=1)
+
+    found = stored_head(head)
+
+    expected = dense_logits(head, hidden)
+    np.testing.assert_allclose(np.array(found.logits(hidden)), expected, atol=1e-4)

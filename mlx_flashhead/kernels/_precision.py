@@ -14,9 +14,4 @@ def exact_operands(hidden: mx.array, rows: PackedRows) -> tuple[mx.array, Packed
     """
     if mx.default_device() != mx.cpu:
         return hidden, rows
-
-    def widen(array: mx.array) -> mx.array:
-        is_float = mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(mx.float32) if is_float else array
-
-    return widen(hidden), rows.map(widen)
+    return hidden.astype(mx.float32), rows.widened()
