@@ -162,16 +162,18 @@ def _column(head: HeadResult) -> list[str]:
 def _curve_lines(heads: list[HeadResult], chosen: int | None = None) -> list[str]:
     """Return a line for each number of probes, the chosen one marked."""
     lines = [
-        f"{heads[0].name:<15}{'MB/token':>9}  {'recall %':<18}{'agreement %':<18}"
-        f"{'KL':>7}{'TV':>8}"
+        "",
+        heads[0].name,
+        f"{'probes':>7} {'MB/token':>9}  {'recall %':<20}{'agreement %':<20}"
+        f"{'KL':>8}{'TV':>8}",
     ]
     for head in heads:
         figures = head.figures
         mark = "*" if head.num_probes == chosen else " "
         lines.append(
-            f"{head.num_probes:>7} probes{mark}{head.bytes_per_token / 1e6:>9.2f}  "
-            f"{_share(figures.recall):<18}{_share(figures.agreement):<18}"
-            f"{figures.kl_divergence:>7.4f}{figures.total_variation:>8.4f}"
+            f"{head.num_probes:>7}{mark}{head.bytes_per_token / 1e6:>9.2f}  "
+            f"{_share(figures.recall):<20}{_share(figures.agreement):<20}"
+            f"{figures.kl_divergence:>8.4f}{figures.total_variation:>8.4f}"
         )
     return lines
 
