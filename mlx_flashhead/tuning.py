@@ -97,7 +97,12 @@ def _choose(
     of_pinned = least_probes(stage.pinned, num_clusters)
     least = max(-(-num_clusters // _LEAST_SHARE), of_pinned)
     cluster_bytes = stored.nbytes * options.cluster_size / stored.num_rows
-    coarse_bytes = centroids.rows.nbytes + centroids.bias.nbytes // 2
+    # The bias is stored in halves.
+    coarse_bytes = (
+        centroids.rows.nbytes + centroids.bias.nbytes // 2 + centroids.projection.nbytes
+    )
+    if stage.cluster_tokens is not None:
+        coarse_bytes += stage.cluster_tokens.nbytes
     to_spend = dense_bytes(stage.rows.shape, stage.dtype) - coarse_bytes
     most = max(least, min(num_clusters, int(to_spend / cluster_bytes)))
     return choose_probes(needed, options.target_recall, least=least, most=most)
