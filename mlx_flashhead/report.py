@@ -186,8 +186,8 @@ head ranks first: {result.recall()}.
 | base architecture | {config.base_model_type} |
 | centroids | {_centroids(config)} |
 | rows | {_bits(config.rows, config.dtype)} |
-| read per token | {_probes(config)} |
-| always read | {config.num_pinned * config.cluster_size} rows |
+| scored exactly | {_probes(config)} |
+| always scored | {config.num_pinned * config.cluster_size} rows |
 | sampling | {config.sampling} |
 """
 
