@@ -85,4 +85,4 @@ class HeadOptions:
             if hidden_size >= step:
                 nearest = max(1, round(wanted / step)) * step
                 return min(nearest, hidden_size // step * step)
-        return wanted
+        return max(1, wanted)

@@ -148,7 +148,10 @@ def calibrated_head(
             progress=progress,
         )
     elif calibration.texts:
-        raise ValueError("calibration_texts are given, but calibrate is off.")
+        raise ValueError(
+            "calibration_texts are given, but calibration is off: leave out one or the "
+            "other."
+        )
     return build_head(
         dense,
         rows,

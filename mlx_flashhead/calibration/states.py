@@ -195,8 +195,9 @@ class _Writer:
         cuts = np.vstack([w for w in cut if len(w)] or [np.empty((0, 1), np.int64)])
         if len(cuts) < 2:
             raise ValueError(
-                f"The calibration text has fewer than {2 * WINDOW_LENGTH} tokens; give "
-                "more text, or leave out --calibration-text to use built-in prompts."
+                "The calibration text is too short: it needs two stretches of "
+                f"{WINDOW_LENGTH} tokens; give more, or leave out --calibration-text "
+                "to use built-in prompts."
             )
         cuts = spread(cuts, min(len(cuts), num_positions // WINDOW_LENGTH))
         found = positions_in(
