@@ -193,7 +193,7 @@ def test_second_call_is_refused_and_changes_nothing(source):
         ({"calibration_positions": 255}, "calibration_positions=255 must be at least"),
         (
             {"calibrate": False, "calibration_texts": ["a.txt"]},
-            "calibration_texts are given, but calibrate is off",
+            "calibration_texts are given, but calibration is off",
         ),
     ],
     ids=str,
