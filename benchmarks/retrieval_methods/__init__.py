@@ -1,0 +1,1 @@
+"""What benchmarks/retrieval.py measures, and how; see docs/retrieval.md."""
