@@ -70,9 +70,9 @@ def tiny_flashhead(tiny_llama) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_single_rows(tiny_llama) -> Path:
-    """``tiny_llama`` with a centroid for each of 203 rows, 16 of them probed."""
+    """``tiny_llama`` with a centroid for each of 203 rows, 32 of them probed."""
     folder = tiny_llama.with_name("single-rows")
-    options = {"num_probes": 16, "calibration_positions": 256}
+    options = {"num_probes": 32, "calibration_positions": 256}
     return convert(tiny_llama, folder, **options).path
 
 

@@ -40,10 +40,10 @@ def test_text_ends_where_the_model_ends_it(smollm2_flashhead):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_benchmark_accepts_a_converted_folder(tiny_flashhead, batch_size):
+def test_benchmark_accepts_a_converted_folder(tiny_single_rows, batch_size):
     options = ("-p", 8, "-g", 4, "-n", 1, "-b", batch_size)
 
-    finished = run_mlx_lm("benchmark", "--model", tiny_flashhead, *options)
+    finished = run_mlx_lm("benchmark", "--model", tiny_single_rows, *options)
 
     assert "generation_tps=" in finished.stdout
 
@@ -62,10 +62,10 @@ def test_evaluate_scores_as_the_base_model_does(tiny_llama, tiny_flashhead):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_cache_prompt_and_generate_from_it(tiny_flashhead, tmp_path):
+def test_cache_prompt_and_generate_from_it(tiny_single_rows, tmp_path):
     cache = tmp_path / "prompt.safetensors"
-    base = json.loads((tiny_flashhead / "config.json").read_text("utf-8"))
-    model = ("--model", tiny_flashhead)
+    base = json.loads((tiny_single_rows / "config.json").read_text("utf-8"))
+    model = ("--model", tiny_single_rows)
 
     run_mlx_lm("cache_prompt", *model, "--prompt", "abc", "--prompt-cache-file", cache)
     finished = run_mlx_lm(

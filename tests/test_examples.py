@@ -26,7 +26,8 @@ def test_replace_head_example_answers_as_the_model_does(tiny_llama):
     )
     # A random model's dense arg max is not always found; its first token here is.
     assert answer.stdout.split()[0] == expected.split()[0]
-    assert "Clustering" in answer.stderr
+    assert "Calibrating" in answer.stderr
+    assert "Fitting centroids: 100%" in answer.stderr
 
 
 def test_replace_head_example_shows_its_usage():

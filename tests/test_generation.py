@@ -26,9 +26,14 @@ def base(tiny_llama):
     return mlx_lm.load(str(tiny_llama))[0]
 
 
+@pytest.fixture(scope="module", params=["tiny_flashhead", "tiny_single_rows"])
+def folder(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def flash(tiny_flashhead):
-    return mlx_lm.load(str(tiny_flashhead))[0]
+def flash(folder):
+    return mlx_lm.load(str(folder))[0]
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +199,8 @@ def test_rotating_cache(base, flash, all_probed):
     assert expected != generated(base)
 
 
-def test_batch_generate_equals_single_generation(flash, tiny_flashhead):
-    tokenizer = mlx_lm.load(str(tiny_flashhead), lazy=True)[1]
+def test_batch_generate_equals_single_generation(flash, folder):
+    tokenizer = mlx_lm.load(str(folder), lazy=True)[1]
     # Three positions a step: within the limit of six, so that each is probed.
     prompts = [PROMPT, [5, 100, 7], [44, 45, 46, 47, 48, 49, 50, 51]]
 
@@ -227,8 +232,11 @@ def test_large_batches_take_the_dense_path(base, flash, tiny_llama):
     ("target", "draft"),
     [("flash", "base"), ("base", "flash"), ("flash", "flash"), ("flash", "all_probed")],
 )
-def test_speculative_decoding_is_greedy_decoding_of_the_target(target, draft, request):
-    models = [request.getfixturevalue(name) for name in (target, draft)]
+def test_speculative_decoding_is_greedy_decoding_of_the_target(
+    target, draft, base, flash, all_probed
+):
+    named = {"base": base, "flash": flash, "all_probed": all_probed}
+    models = [named[name] for name in (target, draft)]
 
     steps = speculative_generate_step(
         mx.array(PROMPT), *models, num_draft_tokens=3, max_tokens=NUM_TOKENS
@@ -256,9 +264,9 @@ def test_decoding_step_neither_evaluates_nor_copies_to_the_host(flash):
     assert traced.shape == (1, 1, 203)
 
 
-def test_distributed_load_gives_the_same_logits(flash, tiny_flashhead):
+def test_distributed_load_gives_the_same_logits(flash, folder):
     # It builds the model once before it has weights.
-    sharded, _ = sharded_load(str(tiny_flashhead))
+    sharded, _ = sharded_load(str(folder))
     token_ids = mx.array([[3, 7, 1]])
 
     assert mx.array_equal(sharded(token_ids), flash(token_ids))
