@@ -55,7 +55,7 @@ def draw_plot(evaluation: Evaluation, path: Path) -> None:
     # Room for what is written at the upper edge.
     low, high = right.get_ylim()
     right.set_ylim(low, high * (high / low) ** 0.3)
-    left.set_ylabel("picks the truth's token, %")
+    left.set_ylabel("agreement with the truth, %")
     right.set_ylabel("KL divergence from the truth, nats")
     left.legend(loc="lower right", fontsize="small")
     figure.suptitle(
