@@ -234,8 +234,8 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     add(
         "--num-positions",
         type=int,
-        help="Positions, at most; time grows with them. Default: 1024, which takes 100 s "
-        "of one x86 core for SmolLM2-135M; on a GPU 2048.",
+        help="Positions, at most; time grows with them. Default: 1024, which takes "
+        "100 s of one x86 core for SmolLM2-135M; on a GPU 2048.",
     )
     add("--seed", type=int, default=0, help="Seed of the sampling. Default: 0.")
     add(
