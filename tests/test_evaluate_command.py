@@ -50,7 +50,7 @@ def test_plot_marks_the_dense_head_the_paper_and_the_chosen_point(
 
     left, right = figures[0].axes
     lines = {line.get_label(): line.get_xydata() for line in left.get_lines()}
-    texts = [text.get_text() for text in left.get_legend().get_texts()]
+    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
     (trial,) = result.trials
     chosen, dense = trial.heads
     star = f"as converted, {chosen.bytes_per_token / 1e6:.1f} MB"

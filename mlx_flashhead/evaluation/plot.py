@@ -38,7 +38,7 @@ def draw_plot(evaluation: Evaluation, path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Not pyplot: it would choose a window system by the environment.
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     canvas_class(figure)
     left, right = figure.subplots(1, 2)
     trial = evaluation.trials[-1]
@@ -57,7 +57,8 @@ def draw_plot(evaluation: Evaluation, path: Path) -> None:
     right.set_ylim(low, high * (high / low) ** 0.3)
     left.set_ylabel("agreement with the truth, %")
     right.set_ylabel("KL divergence from the truth, nats")
-    left.legend(loc="lower right", fontsize="small")
+    labelled = left.get_legend_handles_labels()
+    figure.legend(*labelled, loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(
         f"{Path(evaluation.model).name} against {trial.truth}, "
         f"{evaluation.num_positions} positions",
