@@ -89,11 +89,12 @@ def test_positions_are_those_of_texts_that_the_model_writes(
     # Five prompts of 48 tokens and 15 random starts of 16.
     assert sizes == ([5, 15] if batch_size == 32 else [3, 2, *[3] * 5])
     num_ended = 0
+    surprises = []
     batches = iter(found.batches)
     for positions, num_texts, num_tokens in zip(
         found.sets, (5, 15), (48, 16), strict=True
     ):
-        expected = []
+        expected, drawn = [], []
         while num_texts > 0:
             prompts, written = next(batches)
             num_texts -= len(prompts)
@@ -104,6 +105,7 @@ def test_positions_are_those_of_texts_that_the_model_writes(
                 # The state that a token was drawn from is that of the one before.
                 hidden = read_by_the_model(model, text[:-1])
                 expected.append(hidden[len(prompt) - 1 :])
+                drawn += text[len(prompt) :]
         hidden = np.vstack(expected)
         assert_close(positions.hidden, hidden)
         assert positions.hidden.dtype == np.float32
@@ -114,7 +116,13 @@ def test_positions_are_those_of_texts_that_the_model_writes(
         for fold in range(4):
             sums = softmax[positions.fold == fold].sum(axis=0)
             np.testing.assert_allclose(positions.softmax_sums[fold], sums, atol=1e-3)
+        information = -np.log(softmax + 1e-30)
+        of_drawn = information[np.arange(len(drawn)), drawn]
+        surprises.append(of_drawn - (softmax * information).sum(axis=1))
     assert 0 < num_ended < 20
+    # Drawn at temperature 1: as surprising on average as the distributions say.
+    surprise = np.concatenate(surprises)
+    assert abs(surprise.mean()) < 3 * surprise.std() / len(surprise) ** 0.5
 
 
 def test_folds_share_no_kind_and_no_text(tiny_llama, monkeypatch):

@@ -6,12 +6,17 @@ Expected values come from the source's own files and from plain NumPy.
 import json
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 import tiny
 from folders import assert_moved, head_name, split
+from oracles import flash_logits
 
 from mlx_flashhead import convert
+from mlx_flashhead.attach import find_head
+from mlx_flashhead.calibration import sample_states
+from mlx_flashhead.vocabulary import read_vocabulary
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -199,3 +204,30 @@ def test_progress_names_the_stages_in_order(source, tmp_path):
     assert stages == ["Calibrating", "Clustering", "Fitting", "Measuring", "Saving"]
     assert all(0 <= share <= 1 for _, share in reports)
     assert any("mean cosine 0." in stage for stage, _ in reports)
+
+
+@pytest.mark.parametrize("cluster_size", [1, 8])
+def test_tails_have_the_dense_heads_mass_where_it_was_calibrated(
+    cluster_size, tiny_llama, tmp_path
+):
+    options = {"cluster_size": cluster_size, "num_probes": 8, "seed": 2}
+    convert(tiny_llama, tmp_path / "target", calibration_positions=512, **options)
+
+    head = mlx_lm.load(str(tmp_path / "target"))[0].lm_head
+    model, tokenizer = mlx_lm.load(str(tiny_llama))
+    dense = find_head(model)
+    rows = np.array(dense.rows.weight)
+    vocabulary = read_vocabulary(tokenizer, tiny.VOCAB_SIZE)
+    sets = sample_states(
+        model, tokenizer, dense, rows, vocabulary, num_positions=512, seed=2
+    )
+    hidden = np.vstack([positions.hidden for positions in sets])
+    logits, is_read = flash_logits(head, mx.array(hidden))
+    masses = []
+    for values in (logits, hidden.astype(np.float64) @ rows.T):
+        weights = np.exp(values - values.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        masses.append(np.where(is_read, 0, weights).sum(axis=1).mean())
+    assert masses[1] > 0.02
+    # The level was fitted on half of these positions.
+    assert masses[0] == pytest.approx(masses[1], rel=0.1)
