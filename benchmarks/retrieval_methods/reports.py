@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 from mlx_flashhead.measure import rounded_rows
 from mlx_flashhead.options import HeadOptions
@@ -11,6 +12,7 @@ from retrieval_methods.candidates import (
     Candidate,
     candidate,
     coarse_stage,
+    half_projected,
     half_variance,
     known,
     with_bias,
@@ -38,32 +40,27 @@ _COLUMNS = "KL | KL, p99 | TV | tail mass | dense tail mass |"
 def print_splits(subject: Subject) -> None:
     """Print what equal bytes give, spent on dimensions or on rows."""
     vocab_size, hidden_size = subject.rows.shape
-    test, few = subject.test, some_states(subject.test, TAIL_POSITIONS)
-    knowledge, lines = known(subject, default_sets(subject)), []
+    few = some_states(subject.test, TAIL_POSITIONS)
+    knowledge = known(subject, default_sets(subject))
+    judged = []
     for dims in DIMS:
         chosen = candidate(coarse_stage(subject, knowledge, dims=dims), knowledge)
-        needed = chosen.rows_needed(test.hidden, test.best)
-        for bits in (8, 4):
-            for budget in BUDGETS:
-                to_spend = budget * row_bytes(hidden_size, DENSE_BITS) * vocab_size
-                rows = int(
-                    (to_spend - chosen.coarse_bytes) / row_bytes(hidden_size, bits)
-                )
-                if rows < vocab_size // 256:
-                    continue
-                cell = recall_cell(needed <= rows, test)
-                tails = _with_level(subject, few, chosen, rows)[1]
-                lines.append(
-                    (bits, budget, f"V/{vocab_size / rows:.0f}", dims, cell, tails)
-                )
+        needed = chosen.rows_needed(subject.test.hidden, subject.test.best)
+        judged.append((dims, chosen, needed))
     print(f"| bytes | rows' bits | d | rows | recall | {_COLUMNS}")
     print("|---" * 10 + "|")
-    for bits, budget, rows_read, dims, cell, tails in sorted(
-        lines, key=lambda line: (-line[0], line[1], line[3])
-    ):
+    for bits, budget, (dims, chosen, needed) in product((8, 4), BUDGETS, judged):
+        to_spend = budget * row_bytes(hidden_size, DENSE_BITS) * vocab_size
+        left = to_spend - chosen.coarse_bytes
+        rows = int(left / row_bytes(hidden_size, bits))
+        if rows < vocab_size // 256:
+            continue
+        cell = recall_cell(needed <= rows, subject.test)
+        tails = _with_level(subject, few, chosen, rows)[1].cells(few.text)
+        share = vocab_size / rows
         print(
-            f"| {budget:.0%} | {bits} | {dims} | {rows_read} | {cell} "
-            f"| {tails.cells(few.text)} |"
+            f"| {budget:.0%} | {bits} | {dims} | V/{share:.0f} | {cell} | {tails} |",
+            flush=True,
         )
 
 
@@ -99,6 +96,11 @@ def print_tails(subject: Subject) -> None:
             level, tails = _with_level(subject, few, chosen, count)
             _print_line(name, f"V/{share}", f"score {level:+.2f}, fitted", tails, few)
             _print_line(name, f"V/{share}", "score + variance / 2", measure(half), few)
+    halves = half_projected(candidate(coarse_stage(subject, knowledge), knowledge))
+    for share in TAIL_SHARES:
+        level, tails = _with_level(subject, few, halves, len(rows) // share)
+        name = "default, projected in bfloat16"
+        _print_line(name, f"V/{share}", f"score {level:+.2f}, fitted", tails, few)
     nothing = known(subject, [])
     chosen = candidate(coarse_stage(subject, nothing), nothing)
     for share in TAIL_SHARES:

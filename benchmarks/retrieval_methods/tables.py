@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,52 +36,43 @@ def judged(subject: Subject, methods: Iterator[Method]) -> Iterator[Result]:
         yield Result(name, needed, chosen.coarse_bytes)
 
 
-def main_results(subject: Subject) -> Iterator[Result]:
-    """Yield the paper's method, faiss, the product's clusters and the product."""
-    yield from judged(subject, _paper_methods(subject))
-    if importlib.util.find_spec("faiss"):
-        for size in (64, 16):
-            started = time.perf_counter()
-            name = f"faiss IVF, V/{size} lists"
-            num_lists = len(subject.rows) // size
-            test = subject.test
-            found = rivals.inverted_file(
-                subject.rows, num_lists, test.hidden, test.best
-            )
-            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-            yield Result(name, *found)
-    else:
-        print("faiss-cpu is not installed: its lines are left out.", file=sys.stderr)
-    yield from judged(subject, _product_methods(subject))
-
-
-def _paper_methods(subject: Subject) -> Iterator[Method]:
+def main_methods(subject: Subject) -> Iterator[Method]:
+    """Yield the paper's method, the product's clusters of 16 and the product."""
     unit, means = rivals.paper_candidates(subject.rows)
     yield "paper: spherical k-means, unit centroids", lambda: unit
     yield "paper's clusters, mean centroids", lambda: means
-
-
-def _product_methods(subject: Subject) -> Iterator[Method]:
     knowledge = known(subject, default_sets(subject))
-    for size in (16, 4):
-        stage = coarse_stage(subject, knowledge, HeadOptions(cluster_size=size))
-        name = f"product, --cluster-size {size}"
-        yield name, lambda stage=stage: candidate(stage, knowledge)
-        if size == 4:
-            two_bits = replace(stage, quantization=replace(stage.quantization, bits=2))
-            yield (
-                f"{name} --centroid-bits 2",
-                lambda stage=two_bits: candidate(stage, knowledge),
-            )
-    yield (
-        "**product, default**",
-        lambda: candidate(coarse_stage(subject, knowledge), knowledge),
-    )
-    nothing = known(subject, [])
-    yield (
-        "product, --no-calibration",
-        lambda: candidate(coarse_stage(subject, nothing), nothing),
-    )
+    yield _of_clusters(subject, knowledge, HeadOptions(cluster_size=16))
+    yield "**default**", _calibrated(subject, knowledge)
+    yield "--no-calibration", _calibrated(subject, known(subject, []))
+
+
+def small_cluster_methods(subject: Subject) -> Iterator[Method]:
+    """Yield the product's clusters of 4, at 4 and at 2 bits."""
+    knowledge = known(subject, default_sets(subject))
+    for bits in (4, 2):
+        options = HeadOptions(cluster_size=4, centroid_bits=bits)
+        yield _of_clusters(subject, knowledge, options)
+
+
+def _of_clusters(
+    subject: Subject, knowledge: Knowledge, options: HeadOptions
+) -> Method:
+    name = f"--cluster-size {options.cluster_size}"
+    if options.centroid_bits is not None:
+        name += f" --centroid-bits {options.centroid_bits}"
+    return name, lambda: candidate(coarse_stage(subject, knowledge, options), knowledge)
+
+
+def inverted_file_results(subject: Subject) -> Iterator[Result]:
+    """Yield faiss's inverted file with lists of 64 and of 16 rows on average."""
+    for size in (64, 16):
+        started = time.perf_counter()
+        name, num_lists = f"faiss IVF, V/{size} lists", len(subject.rows) // size
+        test = subject.test
+        found = rivals.inverted_file(subject.rows, num_lists, test.hidden, test.best)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        yield Result(name, *found)
 
 
 def variant_methods(subject: Subject) -> Iterator[Method]:
@@ -109,6 +99,7 @@ def variant_methods(subject: Subject) -> Iterator[Method]:
         "no bias",
         lambda: candidates.with_bias(default(), np.zeros(stage.num_clusters)),
     )
+    yield "projected in bfloat16", lambda: candidates.half_projected(default())
     for size in (1024, stage.num_clusters):
         name = "no blocks" if size == stage.num_clusters else f"blocks of {size}"
         yield name, lambda size=size: replace(default(), block_size=size)
