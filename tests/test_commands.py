@@ -8,6 +8,8 @@ import pytest
 import real_model
 from real_model import run_mlx_lm
 
+from mlx_flashhead.head import FlashHead
+
 
 def test_generate_prints_nothing_that_plain_mlx_lm_would_not(
     smollm2_flashhead, smollm2_4bit
@@ -28,15 +30,21 @@ def test_all_clusters_probed_gives_the_plain_models_200_tokens(smollm2_4bit):
     real_model.check_all_probed(smollm2_4bit)
 
 
-def test_text_ends_where_the_model_ends_it(smollm2_flashhead):
+def test_text_ends_where_the_model_ends_it(smollm2_flashhead, monkeypatch):
     # The end-of-sequence token is pinned: a head that missed it would never stop.
     model, tokenizer = mlx_lm.load(str(smollm2_flashhead))
-    messages = [{"role": "user", "content": "Reply with the single word: yes"}]
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
-    *_, last = mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=60)
+    def answer() -> tuple[str, str]:
+        *parts, last = mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=60)
+        return "".join(part.text for part in parts), last.finish_reason
 
-    assert last.finish_reason == "stop"
+    probed = answer()
+    monkeypatch.setattr(FlashHead, "logits", FlashHead.dense_logits)
+
+    assert probed[1] == "stop"
+    assert probed == answer()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
