@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flashhead.attach import DenseHead, find_head, replace_module
 from mlx_flashhead.build import BuiltHead, Progress, build_head, check_options
@@ -58,8 +59,8 @@ def replace_head(
     Args:
         model: Any model of mlx-lm whose logits come from one linear or embedding
             layer, quantized or not.
-        tokenizer: The model's tokenizer; its end-of-sequence and special tokens are
-            always scored exactly.
+        tokenizer: The model's tokenizer, of mlx-lm or of transformers; its
+            end-of-sequence and special tokens are always scored exactly.
         cluster_size: As in ``HeadOptions``.
         num_probes: As in ``HeadOptions``.
         target_recall: As in ``HeadOptions``.
@@ -91,6 +92,8 @@ def replace_head(
         seed=seed,
     )
     dense = find_head(model)
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
     built = calibrated_head(
         model,
         tokenizer,

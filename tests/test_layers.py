@@ -70,7 +70,9 @@ MAY_IMPORT = {
     "cli": {"conversion", "benchmark", "evaluation"},
 }
 HOSTS = {
-    "mlx_lm": {"loading", "conversion", "saving", "benchmark", "positions"},
+    "mlx_lm": {
+        *("benchmark", "conversion", "loading", "positions", "replacement", "saving"),
+    },
     # Optional: the extra "plot".
     "matplotlib": {"evaluation"},
     "huggingface_hub": {"loading", "report", "saving", "cli"},

@@ -8,6 +8,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
+from transformers import AutoTokenizer
 
 from mlx_flashhead import convert, replace_head
 
@@ -56,6 +57,17 @@ def test_result_is_that_of_converting_with_the_same_settings(
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
     assert model.lm_head.config == converted.lm_head.config
     assert generated(model) == generated(converted)
+
+
+def test_a_tokenizer_of_transformers_will_do(tiny_llama):
+    heads = []
+    for tokenizer in (None, AutoTokenizer.from_pretrained(str(tiny_llama))):
+        model, own = mlx_lm.load(str(tiny_llama))
+        replace_head(model, tokenizer or own, **SINGLE_ROWS, **QUICK)
+        heads.append(arrays_of(model.lm_head))
+
+    for name, array in heads[0].items():
+        np.testing.assert_array_equal(array, heads[1][name], err_msg=name)
 
 
 def test_settings_are_respected(source):
