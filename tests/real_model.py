@@ -99,17 +99,18 @@ def check_all_probed(plain: Path) -> None:
     # Gemma, a base model, soon repeats itself; one token over and over is no text.
     assert len(set(expected)) > 5
 
-    for cluster_size in (1, 512):
+    # Clusters of several rows must do so as well; fewer tokens show it.
+    for cluster_size, num_tokens in ((1, 200), (512, 50)):
         model, tokenizer = mlx_lm.load(str(plain))
         num_clusters = -(-vocab_size // cluster_size)
         settings = {"cluster_size": cluster_size, "num_probes": num_clusters}
         replace_head(model, tokenizer, calibrate=False, **settings)
 
-        tokens = greedy_tokens(model, token_ids, 200)
+        tokens = greedy_tokens(model, token_ids, num_tokens)
 
         head = next(m for m in model.modules() if isinstance(m, FlashHead))
         assert head.config.num_clusters == num_clusters
-        assert tokens == expected
+        assert tokens == expected[:num_tokens]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mlx_flashhead import convert, saving
 
 # Stops in the middle of saving: weights and tokenizer are written, the rest is not.
 PAUSED = """
-import sys, time
+import signal, sys, time
 from mlx_flashhead import saving
 from mlx_flashhead.cli import convert_main
 
@@ -21,6 +21,8 @@ def pause(*args, **kwargs):
     print("paused", flush=True)
     time.sleep(120)
 
+# As at a terminal: a shell starts its background jobs deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 saving.model_card = pause
 sys.exit(convert_main(sys.argv[1:]))
 """
